@@ -189,12 +189,16 @@ def members(address: str, keys: str, count: str) -> None:
     from tiler.cluster.engine import security_of
     from tiler.cluster.shared import Answer, Greeting
 
-    def hello(job: bytes, step: int, window: Sequence[Any], latents: np.ndarray) -> str:
+    def opened(job: object) -> str:
+        return Greeting().to_json()
+
+    def hello(job: str, step: int, window: Sequence[Any], latents: np.ndarray) -> str:
         return Greeting(digest="same", seconds=1.0, batch=2 * BATCH, max_ram_bytes=10**9).to_json()
 
     def predict(job: str, step: int, windows: Sequence[Any], latents: np.ndarray) -> Answer:
         return Answer(latents, 1.0 * len(windows), 0)
 
+    tasks.open_ahead = tasks.open_job = opened
     tasks.hello, tasks.predict = hello, predict
     tasks.begin(lambda: None, 10**9)  # type: ignore[arg-type, return-value]
 
@@ -264,7 +268,7 @@ def scale(told: argparse.Namespace) -> None:
                 time.sleep(told.idle)
                 idle = [(now - then) / told.idle for now, then in zip(spent_by(both), before, strict=True)]
                 print(f"while nothing happens: {idle[0]:.3f} and {idle[1]:.3f} s CPU a second")
-                probe = Probe(b"", 0, Tile(latents, tiles[0]))
+                probe = Probe("job", b"", b"", 0, Tile(latents, tiles[0]))
                 who = Members(engine, probe, lambda text: None, None)
                 counts = {"denoiser_samples": 0}
                 done, window = 0, told.tasks * BATCH // 10

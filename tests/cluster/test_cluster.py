@@ -72,7 +72,7 @@ def test_two_workers_make_the_picture_of_one_process(
     monkeypatch.setattr(phases, "make_guide", guiding)
     drawn = draw(tiny, tmp_path, **fleet.through)
     idle = wait(lambda one: not one["job"])
-    assert all(one["rss_bytes"] < 260_000_000 for one in idle), "what `tiler worker --help` says"
+    assert all(one["rss_bytes"] < 250_000_000 for one in idle), "about 230 MB, as `tiler worker --help` says"
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.conftest import Ran
-from tiler import Budget, RenderRequest
+from tiler import Budget, RenderRequest, interrupts
 from tiler.cli import supervise
 from tiler.cluster import ceilings, shared, tasks
 from tiler.cluster import engine as engines
@@ -28,13 +28,13 @@ from tiler.cluster.keys import find_keys, make_keys
 from tiler.cluster.shared import Greeting, SharedJob, window_of
 from tiler.denoiser import denoiser_id
 from tiler.diffusion.runner import Tile
-from tiler.errors import BudgetRefused, ClusterError, UsageError
+from tiler.errors import BudgetRefused, ClusterError, Interrupted, UsageError
 from tiler.memory.process import read_rss
 from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.samples import Prompt
 from tiler.phases import start
-from tiler.planning.render import JOINED_BYTES
+from tiler.planning.render import JOINED_BYTES, SENT_PROMPTS
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.request import Precision
@@ -114,6 +114,21 @@ def test_a_client_that_cannot_start_leaves_no_thread(monkeypatch: pytest.MonkeyP
     assert {thread for thread in threading.enumerate() if thread.name == "IO loop"} <= before
 
 
+def test_a_stop_does_not_cut_off_the_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = engines.Client.close
+
+    def closing(self: object, *given: object, **more: object) -> object:
+        interrupts.stop(2)
+        return close(self, *given, **more)
+
+    with (
+        pytest.raises(Interrupted),
+        Engine(Cluster(where=Where.LISTEN, host="127.0.0.1", port=0), None, insecure=True) as engine,
+    ):
+        monkeypatch.setattr(engines.Client, "close", closing)
+    assert (engine._client.status, engine._scheduler.status.name) == ("closed", "closed")
+
+
 def test_other_keys_and_none_do_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "_SECONDS", 2.0)
     ours, others = tmp_path / "ours", tmp_path / "others"
@@ -154,15 +169,25 @@ def job(tiny: Path) -> SharedJob:
     )
 
 
-def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = None) -> Greeting:
-    """The answer of a worker with that ceiling, in this process."""
+def hello(job: SharedJob) -> Greeting:
+    """The answer of a worker in this process to the requests of a canvas after the first."""
     family = families.open_family(ask(Path(job.request.model)))
     tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
+    opened = Greeting.from_json(tasks.open_job(np.frombuffer(job.to_bytes(), np.uint8)))
+    if opened.refusal:
+        return opened
+    return Greeting.from_json(tasks.hello(job.name, 0, window_of(tile), tile.latents.numpy()))
+
+
+def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = None) -> Greeting:
+    """The answer of a worker with that ceiling, in this process."""
     with Budget(max_ram_bytes) as budget:
         bench = Bench(budget, models or {})
         tasks.begin(lambda: bench, max_ram_bytes)
         try:
-            said = Greeting.from_json(tasks.hello(job.to_bytes(), 0, window_of(tile), tile.latents.numpy()))
+            first = Greeting.from_json(tasks.open_ahead(replace(job, texts={}).to_bytes()))
+            said = hello(job)
+            assert first.refusal == said.refusal, "nothing large is sent in vain"
             tasks.close("another")
             assert list(bench.jobs) == ([] if said.refusal else [job.name])
             tasks.close(job.name)
@@ -190,7 +215,7 @@ def test_a_worker_says_why_it_does_not_take_a_job(
     assert "full" in greet(packed, room).refusal, "int8 weights have no place there"
     theirs = job.to_bytes()
     monkeypatch.setattr(shared, "versions", lambda: {"tiler": "0.0", "torch": "0.0"})
-    refused = Greeting.from_json(tasks.hello(theirs, 0, (), np.zeros(1)))
+    refused = Greeting.from_json(tasks.open_ahead(theirs))
     assert refused.refusal.startswith("other versions: tiler 0.0 here, ")
 
 
@@ -198,12 +223,6 @@ def test_a_job_is_opened_before_its_prompts_are_known(job: SharedJob, monkeypatc
     """Its greeting finds the denoiser open; a job of another kind does not wait for one that has not come."""
     plan, planned = Bench._plan, list[str]()
     monkeypatch.setattr(Bench, "_plan", lambda bench, of: planned.append(of.name) or plan(bench, of))
-    family = families.open_family(ask(Path(job.request.model)))
-    tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
-
-    def hello(shared: SharedJob) -> Greeting:
-        return Greeting.from_json(tasks.hello(shared.to_bytes(), 0, window_of(tile), tile.latents.numpy()))
-
     with Budget(read_rss().now + 2_000_000_000) as budget:
         bench = Bench(budget, {})
         tasks.begin(lambda: bench, budget.max_bytes)
@@ -251,16 +270,13 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
             return said
         return Greeting.from_json(tasks.hello_decoder(name, np.zeros(1, np.uint8), latents))
 
-    family = families.open_family(ask(Path(job.request.model)))
-    tile = Tile(torch.zeros(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
     with Budget(10**9) as budget:
         bench = Bench(budget, {})
         tasks.begin(lambda: bench, 10**9)
         try:
             assert not decoder("a").refusal and not decoder("a").refusal and decoder("b").is_taken
             assert [one.is_open for one in opened] == [True]
-            said = Greeting.from_json(tasks.hello(job.to_bytes(), 0, window_of(tile), tile.latents.numpy()))
-            assert not said.refusal and [one.is_open for one in opened] == [False] and decoder("b").is_taken
+            assert not hello(job).refusal and [one.is_open for one in opened] == [False] and decoder("b").is_taken
             tasks.close(job.name)
             assert decoder("b", 1.0).refusal == "no memory" and not opened[-1].is_open
             assert not decoder("c").refusal
@@ -294,16 +310,21 @@ def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Pat
 
 
 def test_the_connection_is_in_the_plan_of_every_phase_until_the_picture(tiny: Path, tmp_path: Path) -> None:
-    """Workers elsewhere open the model while prompts are encoded and the guide is made."""
+    """Workers elsewhere open the model while prompts are encoded, and get the prompts while the guide is made."""
     said = {"output": tmp_path / "x.png", "guide": True, "insecure": True}
+    sent: list[int] = []
 
     def counted(where: str) -> dict[str, int]:
         run = start(ask(tiny, cluster=where, **said), Budget("8GB"), lambda event: None)
-        terms = ((phase.name, term) for phase in run.plan.memory.phases for term in phase.terms)
+        terms = [(phase.name, term) for phase in run.plan.memory.phases for term in phase.terms]
+        (prompts,) = (term.nbytes for name, term in terms if (name, term.name) == ("encode prompts", "prompts"))
+        sent[:] = [SENT_PROMPTS * prompts]
         return {name: term.nbytes for name, term in terms if term.name == "cluster"}
 
     found = counted("listen:127.0.0.1:9")
-    assert set(found) == {"encode prompts", "guide", "guide picture", "canvas"} and found["guide"] == JOINED_BYTES
+    assert set(found) == {"encode prompts", "guide", "guide picture", "canvas"}
+    assert found["encode prompts"] == JOINED_BYTES
+    assert found["guide"] == found["guide picture"] == JOINED_BYTES + sent[0]
     assert set(counted("local:1")) == {"canvas"}
 
 

@@ -3,6 +3,7 @@ predictions."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tiler.cluster import members, pool, tasks
+from tiler.cluster.early import Early
 from tiler.cluster.engine import Arrived
 from tiler.cluster.greetings import Probe
 from tiler.cluster.members import Members
@@ -59,6 +61,9 @@ class Scheduler:
         self.done: dict[str, list[int]] = {name: [] for name in workers}
         self._arrived: list[Arrived] = []
         self._tickets = 0
+        self.asked: list[tuple[str, object]] = []  # the first requests
+        self.deaf = set[str]()  # those that never answer the large one
+        self.sending = self.most_sending = 0  # encoded prompts that are on their way
         self.on_held: Callable[[int], None] = lambda ticket: None
         self.held: dict[int, str] = {}  # tickets of those that do not answer
 
@@ -67,7 +72,16 @@ class Scheduler:
 
     def submit(self, address: str, task: object, *arguments: Any) -> int:
         self._tickets += 1
-        if task is tasks.hello:
+        if task is not tasks.predict:
+            self.asked.append((address, task))
+        if task is tasks.open_ahead:
+            self._arrived.append(Arrived(self._tickets, Greeting().to_json(), None))
+        elif task is tasks.open_job:
+            self.sending += 1
+            self.most_sending = max(self.most_sending, self.sending)
+            if address not in self.deaf:
+                self._arrived.append(Arrived(self._tickets, Greeting().to_json(), None))
+        elif task is tasks.hello:
             self.taken -= 1
             said = Greeting(
                 refusal=self.refusals.get(address, ""), is_taken=self.taken >= 0, digest=self.digests[address],
@@ -85,6 +99,9 @@ class Scheduler:
                 self._arrived.append(Arrived(self._tickets, answer, None))
         return self._tickets
 
+    def tell(self, address: str, task: object, *arguments: Any) -> None:
+        pass
+
     def reach(self, address: str) -> int:
         self._tickets += 1
         error = ConnectionError() if address in self.closed else None
@@ -95,7 +112,7 @@ class Scheduler:
         self.held.pop(ticket, None)
 
     def answers(self, seconds: float) -> list[Arrived]:
-        found, self._arrived = self._arrived[::-1], []
+        found, self._arrived, self.sending = self._arrived[::-1], [], 0
         return found
 
 
@@ -122,7 +139,7 @@ def run(
 ) -> Outcome:
     """Predict all tiles, and check each prediction and their order."""
     found = Outcome()
-    probe = Probe(b"", 0, tile(PROBE))
+    probe = Probe("job", b"", b"", 0, tile(PROBE))
 
     @contextmanager
     def open_local() -> Iterator[Local]:
@@ -167,6 +184,60 @@ def test_many_workers_have_more_tiles_out(monkeypatch: pytest.MonkeyPatch) -> No
 
     run(Scheduler(**{f"w{n}": counted for n in range(5)}))
     assert out > 2
+
+
+def test_the_prompts_are_sent_to_one_worker_at_a_time() -> None:
+    """They take up to 17 MB; the model is opened before, and a probe predicted after."""
+    scheduler = Scheduler(**{f"w{n}": good for n in range(5)})
+    assert not run(scheduler).local.numbers and scheduler.most_sending == 1
+    for name in scheduler.workers:
+        asked = [task for address, task in scheduler.asked if address == name]
+        assert asked == [tasks.open_ahead, tasks.open_job, tasks.hello][: len(asked)]
+
+
+def test_a_worker_that_does_not_take_the_prompts_keeps_none_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "_LONG", 0.05)
+    scheduler = Scheduler(a=good, b=good, deaf=good)
+    scheduler.deaf.add("deaf")
+    assert not run(scheduler, patience=1e9).local.numbers
+    assert set(scheduler.done["a"] + scheduler.done["b"]) == set(range(TILES)) and not scheduler.done["deaf"]
+
+
+def test_an_error_while_workers_are_greeted_ahead_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers that came with it are, so nobody may go on as if they were still to come."""
+    scheduler = Scheduler(a=good)
+    who = Members(scheduler, Probe("job", b"", b"", 0, tile(PROBE)), lambda text: None, None)  # type: ignore[arg-type]
+    taken = threading.Event()
+
+    def take(*answer: object) -> bool:
+        taken.set()
+        raise AssertionError("broken")
+
+    monkeypatch.setattr(who, "take", take)
+    early = Early(scheduler, b"")  # type: ignore[arg-type]
+    early.check()
+    early.greet(who)
+    assert taken.wait(30)
+    early.end()
+    with pytest.raises(AssertionError, match="broken"):
+        early.check()
+
+
+@pytest.mark.parametrize(("shape", "most"), [((4, 64, 64), 32), ((16, 64, 64), 8), ((16, 256, 256), 1)])
+def test_a_task_holds_two_megabytes_of_tiles(shape: tuple[int, ...], most: int) -> None:
+    """For a worker that is very fast; a single tile may be larger."""
+    one = Probe("job", b"", b"", 0, tile(PROBE)._replace(latents=torch.empty(1, *shape)))
+    assert one.most == most
+    scheduler = Scheduler(a=good)
+    who = Members(scheduler, one, lambda text: None, 0.0)  # type: ignore[arg-type]
+    while not who.ready():
+        who.look()
+        for arrived in scheduler.answers(0.0):
+            who.take(*arrived)
+    (member,) = who.ready()
+    for _ in range(9):
+        member.note(member.pace.batch, 0.1, 0)
+    assert member.pace.batch == max(4, most), "4 fill one of its passes"
 
 
 def test_what_a_stopped_worker_has_is_copied() -> None:
@@ -315,7 +386,8 @@ def test_what_kills_workers_is_predicted_here(monkeypatch: pytest.MonkeyPatch) -
     scheduler = Scheduler(a=good, b=silent)
 
     def die(number: int) -> None:
-        scheduler.workers.pop("b", None)
+        if scheduler.held:
+            scheduler.workers.pop("b", None)
 
     found = run(scheduler, die)
     assert found.local.numbers and set(found.local.numbers) | set(scheduler.done["a"]) == set(range(TILES))

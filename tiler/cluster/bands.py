@@ -33,17 +33,16 @@ class BandProbe:
     name: str
     work: Work
 
+    samples = most = 1
+
     @property
-    def opening(self) -> Request:
+    def requests(self) -> tuple[Request, ...]:
         size = self.work.latents.shape[2], max(band.last - band.first for band in self.work.bands)
-        return Request(tasks.open_decoder, (self.job, len(self.work.statistics), size))
-
-    @property
-    def greeting(self) -> Request:
         statistics = np.frombuffer(self.work.statistics, np.uint8)  # dask sends arrays without a copy
-        return Request(tasks.hello_decoder, (self.name, statistics, self.work.small.numpy()))
-
-    samples = 1
+        return (
+            Request(tasks.open_decoder, (self.job, len(self.work.statistics), size)),
+            Request(tasks.hello_decoder, (self.name, statistics, self.work.small.numpy()), is_large=True),
+        )
 
 
 class _Asked(NamedTuple):

@@ -265,7 +265,9 @@ class Bench:
     @torch.no_grad()
     def greet(self, job: str, step: int, window: Window, latents: np.ndarray) -> Greeting:
         """Predict a probe tile, and return a greeting with its digest, its time and the limits of this machine. The
-        first pass is slow; later passes correct the speed that is expected."""
+        first pass is slow; later passes correct the speed that is expected. Raises TilerError."""
+        if job not in self.jobs:
+            raise Taken("it works for another render")
         start = time.perf_counter()
         prediction = self.predict(job, step, [window], latents)
         self.jobs[job].digest = digest_of(prediction)

@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from tiler.cluster import tasks
 
@@ -36,41 +34,44 @@ class Notes:
 
 
 class Early:
-    """A context manager with a thread that has each worker open the denoiser of `job`, and, from `greet` on, greets
-    them. Nobody waits for an opening: what keeps a worker from it, its greeting tells."""
+    """A thread that has each worker open the denoiser of `job`, and, from `greet` on, greets them. Nobody waits for an
+    opening: what keeps a worker from it, its greeting tells."""
 
     def __init__(self, engine: Engine, job: bytes) -> None:
         self.told: set[str] = set()  # addresses
         self._engine, self._job = engine, job
         self._members: Members | None = None
+        self._error: Exception | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="early workers", daemon=True)
-
-    def __enter__(self) -> Self:
         self._thread.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the thread, after its present request to the scheduler."""
+    def end(self, at_most: float | None = None) -> None:
+        """End the thread, after its present request to the scheduler; wait for that for `at_most` seconds."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(at_most)
+
+    def check(self) -> None:
+        """Raise the error that has ended the thread, if one has."""
+        if self._error is not None:
+            raise self._error
 
     def greet(self, members: Members) -> None:
-        """Greet workers from now on; until the context ends, `members` belongs to the thread."""
+        """Greet workers from now on; until the thread ends, `members` belongs to it."""
         self._members = members
 
     def _run(self) -> None:
-        with suppress(Exception):  # a scheduler that fails is noticed when the canvas begins
+        try:
             while not self._over.is_set():
                 if self._members is None:
                     self._have_them_open()
                     self._over.wait(_LOOK_EVERY)
                 else:
                     self._members.look()
-                    for ticket, value, error in self._engine.answers(_LOOK_EVERY):
-                        self._members.take(ticket, value, error)
+                    for ticket, value, failure in self._engine.answers(_LOOK_EVERY):
+                        self._members.take(ticket, value, failure)
+        except Exception as error:
+            self._error = error
 
     def _have_them_open(self) -> None:
         for address in (self._engine.members() or {}).keys() - self.told:

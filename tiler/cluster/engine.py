@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from tiler import interrupts
 from tiler.cluster import keys as pairs
 from tiler.cluster.missing import explained
 from tiler.errors import ClusterError
@@ -111,17 +112,18 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for future in self._futures.values():
-            with suppress(Exception):
-                future.cancel()
-        self._futures.clear()
-        if self._client is not None:
-            with suppress(Exception):
-                self._client.close(timeout=2)
-        if self._scheduler is not None:
-            with suppress(Exception):
-                self._loop.run_sync(self._scheduler.close)
-        self._loop.stop()
+        with interrupts.deferred():
+            for future in self._futures.values():
+                with suppress(Exception):
+                    future.cancel()
+            self._futures.clear()
+            if self._client is not None:
+                with suppress(Exception):
+                    self._client.close(timeout=2)
+            if self._scheduler is not None:
+                with suppress(Exception):
+                    self._loop.run_sync(self._scheduler.close)
+            self._loop.stop()
 
     def members(self) -> dict[str, str] | None:
         """Return the name of each worker by its address, or None while the scheduler does not answer."""

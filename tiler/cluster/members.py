@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tiler.cluster.greetings import Asked, Request
+from tiler.cluster.greetings import Asked
 from tiler.cluster.shared import Greeting
 from tiler.cluster.sharing import Pace
 from tiler.events import WorkerState
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
 _AGAIN = 10.0  # seconds until a worker that another render has is asked again
 _LOST = 600.0  # seconds to wait for a scheduler that does not answer
-_MOST_TILES = 32  # in one task: 4 MB of SD 1.5's, there and back
+_LONG = 60.0  # seconds after which a large request without an answer no longer keeps others from their turn
 _SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
 
 
@@ -32,10 +32,11 @@ class Member:
 
     address: str
     name: str
+    request: int = 0  # the last of the first requests that it was sent, or that it waits for
     greeting: Greeting | None = None
     pace: Pace = field(default_factory=lambda: Pace(1, 0.0, 1.0))
     ticket: int | None = None
-    asked: float = 0.0  # when the last greeting was sent
+    asked: float = 0.0  # when that request was sent
     delay: float = 0.0  # seconds that its tasks wait for tasks of other renders
     failures: int = 0
     is_out: bool = False
@@ -64,11 +65,11 @@ class Members:
     ) -> None:  # fmt: skip
         self.engine, self._most, self._at_most = engine, most, at_most
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
+        self._requests = probe.requests
         self._members: dict[str, Member] = {}
         self._gone: list[Member] = []
         self._greetings: dict[int, Member] = {}  # by ticket: workers that were sent a greeting
-        self._opening: set[int] = set()  # those of these tickets that are only of an opening
-        self._opened: deque[Member] = deque()  # workers whose turn to be greeted has not come
+        self._turns: deque[Member] = deque()  # workers whose turn for a large request has not come
         self._reaching: dict[int, Member] = {}  # by ticket: workers that the scheduler is connecting to
         self._taken: set[str] = set()  # addresses of taken workers that were already reported
         self._again: dict[str, float] = {}  # by address: the time at which a taken worker is asked again
@@ -139,13 +140,13 @@ class Members:
     @property
     def _is_greeting(self) -> bool:
         """Whether some workers have not answered yet."""
-        return bool(self._greetings or self._reaching or self._opened)
+        return bool(self._greetings or self._reaching or self._turns)
 
     def look(self) -> list[Member]:
         """Greet new workers, and return those that have gone. Asks the scheduler once a second."""
         now = time.monotonic()
         self._decide(now)
-        self._greet_next()
+        self._next_turn()
         if now - self._looked < _LOOK_EVERY:
             return []
         self._looked = now
@@ -163,10 +164,9 @@ class Members:
             for asked in (self._greetings, self._reaching):
                 for ticket in [t for t, m in asked.items() if m is member]:
                     del asked[ticket]
-                    self._opening.discard(ticket)
                     self.engine.drop(ticket)
-            if member in self._opened:
-                self._opened.remove(member)
+            if member in self._turns:
+                self._turns.remove(member)
             if not member.is_out:
                 self._note(f"worker {member.name} is gone")
         for address, name in present.items():
@@ -187,7 +187,6 @@ class Members:
             for ticket, member in list(self._greetings.items()):
                 if now - member.asked > self._at_most:
                     del self._greetings[ticket]
-                    self._opening.discard(ticket)
                     self.engine.drop(ticket)
                     self._again[member.address] = now + _AGAIN
 
@@ -196,23 +195,27 @@ class Members:
         asked = sum(not m.is_out and address not in self._again for address, m in self._members.items())
         return self._most is not None and asked >= self._most
 
-    def _greet(self, member: Member) -> None:
-        opening = self.probe.opening
-        ticket = self._send(member, opening or self.probe.greeting)
-        if opening is not None:
-            self._opening.add(ticket)
+    def _greet(self, member: Member, request: int = 0) -> None:
+        """Send a worker one of the first requests, when its turn comes."""
+        member.request = request
+        if self._requests[request].is_large:
+            self._turns.append(member)
+        else:
+            self._send(member)
 
-    def _greet_next(self) -> None:
-        """Greet a worker that has opened the job, if no other large greeting is under way."""
-        if self._opened and not self._greetings.keys() - self._opening:
-            self._send(self._opened.popleft(), self.probe.greeting)
+    def _next_turn(self) -> None:
+        """Send a large request if no other is under way."""
+        since = time.monotonic() - _LONG
+        if self._turns and not any(
+            self._requests[m.request].is_large and m.asked > since for m in self._greetings.values()
+        ):
+            self._send(self._turns.popleft())
 
-    def _send(self, member: Member, request: Request) -> int:
-        ticket = self.engine.submit(member.address, request.task, *request.arguments)
-        self._greetings[ticket] = member
+    def _send(self, member: Member) -> None:
+        request = self._requests[member.request]
+        self._greetings[self.engine.submit(member.address, request.task, *request.arguments)] = member
         self._greeted.add(member.address)
         member.asked = time.monotonic()
-        return ticket
 
     def ask_again(self, member: Member) -> None:
         """Schedule another greeting for a worker that has closed the job because another render has taken it."""
@@ -235,8 +238,6 @@ class Members:
         member = self._greetings.pop(ticket, None)
         if member is None:
             return False
-        is_opening = ticket in self._opening
-        self._opening.discard(ticket)
         if error is not None:
             greeting = Greeting(refusal=f"{type(error).__name__}: {error}".partition("\n")[0])
         else:
@@ -250,12 +251,12 @@ class Members:
         if greeting.refusal:
             self.leave_out(member, greeting.refusal)
             return True
-        if is_opening:
-            self._opened.append(member)
+        if (following := member.request + 1) < len(self._requests):
+            self._greet(member, following)
             return True
         member.greeting, member.peak_rss_bytes = greeting, greeting.peak_rss_bytes
         batch = max(1, greeting.batch // self.probe.samples)
-        member.pace = Pace.from_probe(greeting.seconds, batch, most=_MOST_TILES)
+        member.pace = Pace.from_probe(greeting.seconds, batch, most=self.probe.most)
         self._first_greeting = self._first_greeting or time.monotonic()
         if self.digest is not None:
             self._admit(member)

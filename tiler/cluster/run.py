@@ -38,6 +38,7 @@ _PATIENCE = 60.0  # seconds without any worker after which this process continue
 _DECODING_PATIENCE = 15.0  # the same for decoding
 _GREETING = 45.0  # seconds in which a worker opens the decoder, if it has nothing else to do
 _RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
+_CLOSING = 2.0  # seconds that the end of a render waits for the scheduler's answer to an earlier request
 
 
 def prepare(request: RenderRequest) -> None:
@@ -102,13 +103,20 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
         yield lambda prompts: nullcontext(partial(_open_joined, cluster))
         return
     opening = SharedJob.of(run, {})
+
+    def leave() -> None:
+        with interrupts.deferred():
+            early.end(_CLOSING)
+            if cluster.where is not Where.LISTEN:
+                for address in early.told:
+                    engine.tell(address, tasks.close, opening.name)
+
     with ExitStack() as stack:
         with interrupts.deferred():
             engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
+            early, notes = Early(engine, opening.to_bytes()), Notes()
+            stack.callback(leave)
         _note_address(cluster, engine, run)
-        early, notes = Early(engine, opening.to_bytes()), Notes()
-        thread = stack.enter_context(ExitStack())
-        thread.enter_context(early)
 
         @contextmanager
         def greeted(prompts: Prompts) -> Iterator[OpenRunner]:
@@ -118,19 +126,14 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
 
         @contextmanager
         def opened(members: Members, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
-            thread.close()
+            early.end()
             notes.tell(run.note)
+            early.check()
             members.begin()
             with _open_pool(cluster, run, prompts, members, opening.name) as runner:
                 yield runner
 
-        try:
-            yield greeted
-        finally:
-            thread.close()
-            if cluster.where is not Where.LISTEN:
-                for address in early.told:
-                    engine.tell(address, tasks.close, opening.name)
+        yield greeted
 
 
 @contextmanager
@@ -171,8 +174,9 @@ def _members_of(
     from tiler.cluster.greetings import Probe
     from tiler.cluster.members import Members
 
-    asked, patience = Probe(job.to_bytes(), run.plan.begin, _probe(run)), _PATIENCE
-    return Members(engine, asked, note, None if run.request.cluster_only else patience, may_come)
+    opening = replace(job, texts={}).to_bytes()
+    asked = Probe(job.name, opening, job.to_bytes(), run.plan.begin, _probe(run))
+    return Members(engine, asked, note, None if run.request.cluster_only else _PATIENCE, may_come)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -44,23 +43,31 @@ def has_worked() -> bool:
     return _Desk.bench is not None
 
 
-def hello(job: bytes, step: int, window: Window, latents: np.ndarray) -> str:
-    """Open the job's denoiser and predict a probe tile. Returns a Greeting as JSON."""
+def open_ahead(job: bytes) -> str:
+    """Open the denoiser of a job without its prompts, if this worker has nothing else to do. Returns a Greeting without
+    a digest, as JSON."""
 
-    def greet(bench: Bench, shared: SharedJob) -> Greeting:
+    def open_it(bench: Bench, shared: SharedJob) -> Greeting:
+        bench.open_ahead(shared)
+        return Greeting()
+
+    return _greeted(job, open_it)
+
+
+def open_job(job: np.ndarray) -> str:
+    """Open a job, bytes in an array, with its denoiser if `open_ahead` has not. Returns a Greeting without a digest, as
+    JSON."""
+
+    def open_it(bench: Bench, shared: SharedJob) -> Greeting:
         bench.open(shared)
-        return bench.greet(shared.name, step, window, latents)
+        return Greeting()
 
-    return _greeted(job, greet)
+    return _greeted(job.tobytes(), open_it)
 
 
-def open_ahead(job: bytes) -> None:
-    """Open the denoiser of a job whose prompts are not encoded yet, if this worker has nothing else to do. If that
-    fails, the greeting will say why."""
-    with _Desk.lock, suppress(Exception):
-        if _Desk.opener is not None:
-            _Desk.bench = _Desk.bench or _Desk.opener()
-            _Desk.bench.open_ahead(SharedJob.from_bytes(job))
+def hello(job: str, step: int, window: Window, latents: np.ndarray) -> str:
+    """Predict a probe tile of the open job named `job`. Returns a Greeting as JSON."""
+    return _said(job, lambda bench: bench.greet(job, step, window, latents))
 
 
 def open_decoder(job: bytes, statistics_bytes: int, size: tuple[int, int]) -> str:

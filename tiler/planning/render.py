@@ -54,6 +54,7 @@ CONNECTIONS_BYTES = (
     16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
 )
 JOINED_BYTES = 4_000_000  # the same while workers open the model: 0.5 MB for a client, 2.7 MB for a scheduler with it
+SENT_PROMPTS = 3  # copies of the prompts for workers: to be sent, on their way, and sent but not yet released
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,12 +163,14 @@ def plan_render(
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
-    clustered, joined = [], []
+    clustered, joined, greeting = [], [], []
     if request.cluster is not None and not tiles_only:
+        sent = SENT_PROMPTS * prompts.nbytes
         if parse_cluster(request.cluster).where is not Where.LOCAL:
             joined = [Term(name="cluster", nbytes=JOINED_BYTES)]
+            greeting = [Term(name="cluster", nbytes=JOINED_BYTES + sent)]
         waiting = 2 * tile_bytes(family, tile) * min(TILES_AHEAD, len(tiling.regions))  # tiles, and their predictions
-        clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + waiting)]
+        clustered = [Term(name="cluster", nbytes=CONNECTIONS_BYTES + sent + waiting)]
     preview_bytes = 0
     if request.preview_vae is not None and models.tiny is not None:
         preview_bytes = tiny_preview_bytes(models, models.tiny, facts)
@@ -175,7 +178,7 @@ def plan_render(
     def sampling(by: DenoiserPeaks, name: Phase, batch: int = 1) -> PhasePlan:
         if name == Phase.CANVAS or guide is None:
             return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
-        return by.phase(name, [*denoising, *joined], guide_samples, batch, guide.height, guide.width)
+        return by.phase(name, [*denoising, *greeting], guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
     names = [Phase.CANVAS] if guide is None else [Phase.CANVAS, Phase.GUIDE]
@@ -227,7 +230,7 @@ def plan_render(
 
     batches = ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
     filled = [filling(name, n) for name, n in batches if name in names]
-    coding_phases = [c.holding(prompts, *joined) if c.phase.name == Phase.GUIDE_PICTURE else c for c in coding.phases]
+    coding_phases = [c.holding(prompts, *greeting) if c.phase.name == Phase.GUIDE_PICTURE else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
     least = [phase.peak_bytes for phase in (*others, *(c.phase for c in coding_phases))]
