@@ -86,5 +86,6 @@ def build_scheduler() -> EulerAncestralDiscreteScheduler:
         beta_schedule="scaled_linear",
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
+        steps_offset=1,
         timestep_spacing="trailing",
     )
