@@ -57,7 +57,10 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Record for scripts/test which rows of the fault table were run."""
+    """Record for scripts/test which rows of the fault table were run. Programs started here take signals also where the
+    session ignores them, as a shell's background jobs do."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if (told := os.environ.get("TILER_ROWS")) and not hasattr(config, "workerinput"):
         from tests import faults
 

@@ -85,7 +85,8 @@ def test_a_plan_without_room_for_int8_weights_has_all_of_them_resident(
     """What that saves may not make another choice of weights, which leaves one of them out."""
 
     def canvas() -> int:
-        phases = in_process("plan", "--model", tiny, "--size", 64, "--precision", "int8", "--json").json["phases"]
+        ran = in_process("plan", "--model", tiny, "--size", 64, "--precision", "int8", "--max-ram", "4GB", "--json")
+        phases = ran.json["phases"]
         return sum(next(phase["terms"] for phase in phases if phase["name"] == "canvas").values())
 
     in_place = False
