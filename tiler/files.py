@@ -76,7 +76,7 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
 def replace_file(path: Path, parts: Iterable[bytes | memoryview], *, durable: bool) -> None:
     """Write a file of which no reader sees a part; if `durable`, power cuts leave its old or its new content too.
     Writers of one file do not disturb each other, no link under a temporary name is followed, and a killed writer
-    leaves nothing behind (`_hidden`). Raises StorageError."""
+    leaves nothing behind, but for the moment of naming (`_hidden`). Raises StorageError."""
     try:
         with _hidden(path) as file:
             for part in parts:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiler.cluster import members, pool, tasks
+from tiler.cluster import greetings, members, pool, tasks
 from tiler.cluster.early import Early
 from tiler.cluster.engine import Arrived
 from tiler.cluster.greetings import Probe
@@ -156,7 +156,8 @@ def run(
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip all waiting."""
+    """Skip all waiting; jobs are large."""
+    monkeypatch.setattr(greetings, "_LARGE", -1)
     monkeypatch.setattr(members, "_LOOK_EVERY", 0.0)
     monkeypatch.setattr(members, "_SETTLE", 0.0)
     monkeypatch.setattr(pool, "_LATE", 0.0)

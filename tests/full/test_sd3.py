@@ -19,7 +19,7 @@ def test_a_native_tile_stays_under_800_mb_by_the_kernels_own_mark(tmp_path: Path
     options = "--size", "1024", "--steps", "1", "--no-guide", "--precision", precision
     peak, report = render_peak(tmp_path, "--model", made("wide-sd3"), *options, *tiny_decoder(tmp_path, 16))
     assert peak < 800_000_000
-    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.10)
+    assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.15)
     assert report["denoiser_samples"] == 2
 
 

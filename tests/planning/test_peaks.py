@@ -102,7 +102,8 @@ def test_a_plan_without_room_for_int8_weights_has_all_of_them_resident(
         chosen, in_place = {} if in_place else chosen, False
         return phase, chosen
 
-    monkeypatch.setattr("tiler.compute.layers.SMALL", 500)
+    for module in ("tiler.models.unet", "tiler.compute.layers"):
+        monkeypatch.setattr(f"{module}.SMALL", 500)
     plain = canvas()
     monkeypatch.setattr("tiler.planning.render.DenoiserPeaks", peaks)
     monkeypatch.setattr("tiler.planning.render.with_resident", without)

@@ -158,7 +158,7 @@ def _check_folders(context: typer.Context, values: Mapping[str, Any]) -> None:
     for name, option in ("lora_dir", "--lora-dir"), ("model_dirs", "--model-dir"):
         said = values.get(name) if layers.layer_of(context, name) is layers.Layer.TYPED else ()
         for folder in said if isinstance(said, tuple) else (said,):
-            if not folder.expanduser().is_dir():
+            if not os.path.isdir(os.path.expanduser(folder)):  # Path.expanduser raises for unknown users
                 raise UsageError(f"{option} {folder}: no such folder; check the path")
 
 

@@ -15,6 +15,7 @@ from tiler.cli import options as o
 from tiler.cli import queues, several, supervise
 from tiler.errors import UsageError
 from tiler.files import sha256_of
+from tiler.jobs.drawing import NOTED
 from tiler.request import RenderRequest
 from tiler.request.choices import STDOUT
 
@@ -82,9 +83,8 @@ def _tell(command: str, output: Path, code: int) -> None:
     """Run the user's command. If it fails, a note says so and the exit code stays. Its output goes to standard error,
     because standard output may carry the picture or JSON."""
     facts = {"TILER_OUTPUT": "-" if output == STDOUT else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
-    done = subprocess.run(
-        command, shell=True, env={**os.environ, **facts}, stdin=subprocess.DEVNULL, stdout=2, check=False
-    )
+    environment = {name: value for name, value in os.environ.items() if name != NOTED} | facts
+    done = subprocess.run(command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False)
     if done.returncode:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")
 

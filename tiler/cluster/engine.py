@@ -52,6 +52,7 @@ with explained():
 LOOPBACK = "127.0.0.1:0"  # for HTTP servers that dask always opens; they are closed immediately
 _SECONDS = 30.0
 _REACHED_SECONDS = 10.0
+_CLOSING = 5.0  # seconds for a scheduler of our own to close
 _LOST_SECONDS = 600.0  # the time for a restart of a scheduler elsewhere
 
 
@@ -122,7 +123,9 @@ class Engine:
                     self._client.close(timeout=2)
             if self._scheduler is not None:
                 with suppress(Exception):
-                    self._loop.run_sync(self._scheduler.close)
+                    self._loop.run_sync(
+                        lambda scheduler: asyncio.wait_for(scheduler.close(), _CLOSING), self._scheduler
+                    )
             self._loop.stop()
 
     def members(self) -> dict[str, str] | None:

@@ -38,6 +38,9 @@ class Asked(Protocol):
     def most(self) -> int: ...
 
 
+_LARGE = 2**20  # bytes of a job from which on it goes to one worker at a time
+
+
 @dataclass(frozen=True)
 class Probe:
     """The first requests of a canvas: the job without its encoded prompts, which suffices to open the denoiser; all of
@@ -55,7 +58,7 @@ class Probe:
         probe = self.name, self.step, window_of(self.tile), self.tile.latents.numpy()
         return (
             Request(tasks.open_ahead, (self.opening,)),
-            Request(tasks.open_job, (job,), is_large=True),
+            Request(tasks.open_job, (job,), is_large=len(self.job) > _LARGE),
             Request(tasks.hello, probe),
         )
 

@@ -271,7 +271,11 @@ class Members:
         """Decide whose bits count: those of the workers that are fastest together, once all have answered or enough
         time has passed."""
         answered = [m for m in self._members.values() if m.greeting is not None and not m.is_out]
-        if self.digest is not None or not answered or (self._greetings and now - self._first_greeting < _SETTLE):
+        if (
+            self.digest is not None
+            or not answered
+            or ((self._greetings or self._turns) and now - self._first_greeting < _SETTLE)
+        ):
             return
         speeds: dict[str, float] = {}
         for member in answered:

@@ -108,7 +108,7 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
         with interrupts.deferred():
             early.end(_CLOSING)
             if cluster.where is not Where.LISTEN:
-                for address in early.told:
+                for address in list(early.told):
                     engine.tell(address, tasks.close, opening.name)
 
     with ExitStack() as stack:

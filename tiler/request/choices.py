@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from enum import StrEnum
@@ -210,9 +211,9 @@ def parse_scheduler(name: str) -> Scheduler:
             return scheduler
     if (known := _OTHER_NAMES.get(joined)) is not None:
         return known
-    sampler, _, kind = folded.rpartition(" ")
-    if kind in tuple(ScheduleType) and any(sampler == s.value.lower() for s in Scheduler):
-        raise UsageError(f"unknown scheduler {name!r}; write {name.rpartition(' ')[0]!r} and --schedule-type {kind}")
+    for scheduler, kind in itertools.product(Scheduler, ScheduleType):
+        if joined == (scheduler.value + kind).lower().replace(" ", "").replace("_", ""):
+            raise UsageError(f"unknown scheduler {name!r}; write {scheduler.value!r} and --schedule-type {kind}")
     raise UsageError(f"unknown scheduler {name!r}; choose one of {', '.join(s.value for s in Scheduler)}")
 
 
