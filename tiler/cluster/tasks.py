@@ -46,23 +46,13 @@ def has_worked() -> bool:
 def open_ahead(job: bytes) -> str:
     """Open the denoiser of a job without its prompts, if this worker has nothing else to do. Returns a Greeting without
     a digest, as JSON."""
-
-    def open_it(bench: Bench, shared: SharedJob) -> Greeting:
-        bench.open_ahead(shared)
-        return Greeting()
-
-    return _greeted(job, open_it)
+    return _opened(job, lambda bench, shared: bench.open_ahead(shared))
 
 
 def open_job(job: np.ndarray) -> str:
     """Open a job, bytes in an array, with its denoiser if `open_ahead` has not. Returns a Greeting without a digest, as
     JSON."""
-
-    def open_it(bench: Bench, shared: SharedJob) -> Greeting:
-        bench.open(shared)
-        return Greeting()
-
-    return _greeted(job.tobytes(), open_it)
+    return _opened(job.tobytes(), lambda bench, shared: bench.open(shared))
 
 
 def hello(job: str, step: int, window: Window, latents: np.ndarray) -> str:
@@ -73,12 +63,7 @@ def hello(job: str, step: int, window: Window, latents: np.ndarray) -> str:
 def open_decoder(job: bytes, statistics_bytes: int, size: tuple[int, int]) -> str:
     """Open the job's decoder for bands of at most `size` latents, if this machine has nothing else to do. Returns a
     Greeting without a digest, as JSON."""
-
-    def open_it(bench: Bench, shared: SharedJob) -> Greeting:
-        bench.open_decoder(shared, statistics_bytes, size)
-        return Greeting()
-
-    return _greeted(job, open_it)
+    return _opened(job, lambda bench, shared: bench.open_decoder(shared, statistics_bytes, size))
 
 
 def hello_decoder(job: str, statistics: np.ndarray, latents: np.ndarray) -> str:
@@ -87,13 +72,18 @@ def hello_decoder(job: str, statistics: np.ndarray, latents: np.ndarray) -> str:
     return _said(job, lambda bench: bench.greet_decoder(job, statistics.tobytes(), latents))
 
 
-def _greeted(job: bytes, greet: Callable[[Bench, SharedJob], Greeting]) -> str:
-    """The bench's greeting for a job, as JSON."""
+def _opened(job: bytes, open_it: Callable[[Bench, SharedJob], None]) -> str:
+    """Open a job, or a part of it, on the bench. Returns a Greeting without a digest, as JSON."""
     try:
         shared = SharedJob.from_bytes(job)
     except Exception as error:
         return Greeting(refusal=_explained(error)).to_json()
-    return _said(shared.name, lambda bench: greet(bench, shared))
+
+    def greet(bench: Bench) -> Greeting:
+        open_it(bench, shared)
+        return Greeting()
+
+    return _said(shared.name, greet)
 
 
 def _said(job: str, greet: Callable[[Bench], Greeting]) -> str:
