@@ -19,6 +19,7 @@ from tiler.cli.repeat import repeat
 from tiler.cli.terminal import closed_streams
 from tiler.errors import StorageError, UsageError
 from tiler.jobs.drawing import NOTED
+from tiler.memory.process import age
 from tiler.request import Region, read_regions, shared
 from tiler.request.choices import FORMATS, LOSSY, MAX_SEED, STDOUT, Format
 from tiler.request.options import Option, Panel
@@ -55,8 +56,8 @@ Report = Annotated[
         "--report",
         rich_help_panel=Panel.OUTPUT,
         metavar="PATH",
-        help="Write peak memory, times and counts to a JSON file. Peaks are the kernel's VmHWM, reset between phases: tools "
-        "that read it once at the end, like /usr/bin/time, may show less.",
+        help="Write peak memory, times and counts to a JSON file. `seconds` count from the start of the program. Peaks "
+        "are the kernel's VmHWM, reset between phases: /usr/bin/time, which reads it once at the end, may show less.",
     ),
 ]
 OnDone = Annotated[
@@ -344,6 +345,7 @@ def tell(facts: Mapping[str, Any], schema: int = 1) -> None:
 def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
     """Write the file of --report, if asked for, and print the pipeline's `result`: as JSON with --json, else as the
     line `said`, which goes to standard error if the picture itself went to standard output. Raises StorageError."""
+    result.report.setdefault("seconds", round(age(), 1))  # as the user waited
     if report is not None:
         from tiler.files import atomic
 

@@ -26,6 +26,7 @@ from tiler.events import (
     Working,
 )
 from tiler.memory.budget import Budget, format_mb
+from tiler.memory.process import age
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -254,10 +255,11 @@ def _memory_of(worker: WorkerState) -> str:
 
 
 class JsonPrinter:
-    """Prints each event as a JSON object on a line, with the seconds since the start and the memory in use."""
+    """Prints each event as a JSON object on a line, with the seconds since the program was started and the memory in
+    use."""
 
     def __init__(self, budget: Budget) -> None:
-        self.budget, self._start = budget, time.monotonic()
+        self.budget, self._start = budget, time.monotonic() - age()
 
     def __enter__(self) -> Self:
         return self

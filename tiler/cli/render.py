@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
-
-import psutil
 
 from tiler.cli import options as o
 from tiler.cli import queues, several, supervise
 from tiler.errors import UsageError
 from tiler.files import sha256_of
 from tiler.jobs.drawing import NOTED
+from tiler.memory import process
 from tiler.request import RenderRequest
 from tiler.request.choices import STDOUT
 
@@ -65,7 +63,7 @@ def run(
 
         with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
             result = render(request, budget, printer)
-        result.report["seconds"] = round(time.time() - psutil.Process().create_time(), 1)  # as the user waited
+        result.report["seconds"] = round(process.age(), 1)  # as the user waited
         said = supervise.sentence({"output": o.name_of(result.output), **result.report})
         if json_output:
             result.report["sha256"] = sha256_of(result.output)
