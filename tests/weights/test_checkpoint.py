@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
@@ -424,6 +430,43 @@ def test_a_download_that_fails(
     monkeypatch.setattr(fake, "list_repo_files", fail)
     with pytest.raises(kind, match="HF_HOME" if kind is StorageError else "hf download"):
         resolve("org/name")
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def refused(kind: type[Exception]) -> Exception:
+    """The hub's answer, made without the response of an HTTP library that differs from version to version."""
+    return kind.__new__(kind, "401 Client Error.\n\nMore lines")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (refused(RepositoryNotFoundError), "org/name: the hub has no such model, or only for others; check its name"),
+        (refused(GatedRepoError), "asks for your consent; give it at https://huggingface.co/org/name"),
+        (refused(RevisionNotFoundError), "check --revision"),
+        (
+            caused(LocalEntryNotFoundError("x\ny"), OSError(-2, "Name or service not known")),
+            "cannot be reached (Name or service not known); check the name and the network",
+        ),
+        (caused(LocalEntryNotFoundError("x"), OfflineModeIsEnabled("y")), "cannot be reached (HF_HUB_OFFLINE is set)"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_a_line_with_what_to_do(
+    online: Callable[[list[str]], Hub], monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    fake = online(LISTING)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(fake, "list_repo_files", fail)
+    with pytest.raises((ModelError, OfflineError)) as raised:
+        resolve("org/name")
+    assert said in str(raised.value) and "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["org/na me", "org/a--b", "o?g/name"])

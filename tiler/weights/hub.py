@@ -77,7 +77,7 @@ def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) ->
         what = " ".join(f"'{file}'" for file in files)
     else:
         patterns = INDEX, DEFAULTS, "*/*.json", "*/*.txt", "*/*.model", "*/*model*.safetensors"
-        left_out = "*.non_ema*", "*.bf16*", *(f"{part}/*" for part in _UNUSED)
+        left_out = "*.non_ema*", "*.bf16*", *(f"{part}/*" for part in _UNUSED[1:])  # the first one is small
         what = " ".join([*(f"--include '{p}'" for p in patterns), *(f"--exclude '{p}'" for p in left_out)])
     return f"hf download {repo} {what}" + (f" --revision {revision}" if revision else "")
 
@@ -201,16 +201,36 @@ def _reached(model: str, command: str, state: str) -> Iterator[None]:
         yield
     except ModelError:
         raise
-    except (RepositoryNotFoundError, RevisionNotFoundError, GatedRepoError) as error:
+    except GatedRepoError as error:
         raise ModelError(
-            f"{model}: the hub refuses it ({type(error).__name__}); check the id, the revision and `hf auth login`"
+            f"{model}: its owner asks for your consent; give it at https://huggingface.co/{model}, then run `hf auth login`"
         ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{model}: the hub has no such model, or only for others; check its name, or run `hf auth login` if it is private"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{model}: the hub has no such revision of it; check --revision") from error
     except Exception as error:  # of whichever HTTP library huggingface_hub uses
         if isinstance(error, OSError) and error.errno in _UNWRITABLE:
             raise StorageError(
                 f"{error.filename or hub_cache()}: {model} cannot be stored ({error.strerror}); free some space, or set HF_HOME to another folder"
             ) from error
         raise OfflineError(
-            f"{model} {state} and the hub cannot be reached ({type(error).__name__}); "
-            f"where there is a network, run: {command}"
+            f"{model} {state} and the hub cannot be reached ({_reason(error)}); check the name and the network, "
+            f"or run where there is one: {command}"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why the hub cannot be reached, from the exception that began it."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    while (before := error.__cause__) is not None:
+        if isinstance(error, OfflineModeIsEnabled):
+            break
+        error = before
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    said = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
+    return re.sub(r"^\[Errno -?\d+\] ", "", said)[:80] or type(error).__name__
