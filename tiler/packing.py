@@ -109,7 +109,7 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
             order += [prefix + name for name in names if name in packed]
         write_packed(
             path, mark, order, index, quantised, lambda share: progress(share, reason), in_blocks=frozenset(to_block),
-            rotated=rotated, changes=changes,
+            rotated=rotated, changes=changes, model=family.checkpoint.known_as,
         )  # fmt: skip
 
     own = {_prefix(part) + name: info for part in parts for name, info in matched[part.name].items() if part.once(name)}

@@ -50,8 +50,14 @@ def test_models_are_listed_with_what_they_need(in_process: Any, webui: Path, mon
     assert (found["soft.safetensors"]["family"], found["soft.safetensors"]["fits"]) == ("an autoencoder", None)
     assert found["tiny-plain"]["lacks"] == []
     assert "cannot be read" in found["cut.safetensors"]["family"]
-    said = in_process("models", webui, "--max-ram", "400MB").out
-    assert "dreamy sky.safetensors: " in said and "needs 415 MB of memory; add --vae" in said
+    monkeypatch.setattr("tiler.cli.models.columns", lambda: 80)
+    head, *lines = in_process("models", webui, "--max-ram", "400MB").out.splitlines()
+    assert head.split() == ["SIZE", "NEEDS", "FITS", "KIND", "NAME"] and lines[0].endswith("/Stable-diffusion")
+    listed = [line for line in lines if not line.startswith("/")]
+    cut, *_ = (line for line in listed if "cut.safe" in line)
+    (sky,) = (line for line in listed if line.endswith("  dreamy sky.safetensors (add --vae)"))
+    assert sky.split()[2:5] == ["415", "MB", "no"] and sky.index("Stable") == head.index("KIND")
+    assert cut.index("cut.safe") == sky.index("dreamy") == head.index("NAME") and max(map(len, listed)) <= 80
 
 
 @pytest.mark.parametrize(("layers", "needed"), [(24, 444_000_000), (38, 464_000_000)])
@@ -154,13 +160,16 @@ def test_doctor_tells_what_was_decided(in_process: Any, webui: Path) -> None:
 def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(name: str, version: str) -> Path:
         words = {"format": "tiler-int8", "version": version}
+        if version != "0":
+            words["model"] = "/models/a long way down/dream"
         save_file({"a": torch.ones(3)}, tmp_path / "c" / f"{name * 32}.safetensors", metadata=words)
         return tmp_path / "c" / f"{name * 32}.safetensors"
 
     (tmp_path / "c/prompts").mkdir(parents=True)
     current, old = packed("a", INT8_VERSION), packed("b", "0")
-    prompt = tmp_path / "c/prompts" / f"{'c' * 32}.safetensors"
-    save_file({"a": torch.ones(3)}, prompt)
+    prompt, other = (tmp_path / "c/prompts" / f"{letter * 32}.safetensors" for letter in "ce")
+    for path in (prompt, other):
+        save_file({"a": torch.ones(3)}, path, metadata={"model": "mini"})
     mine = tmp_path / "c/my model.safetensors"
     save_file({"a": torch.ones(3)}, mine)
     leftover = tmp_path / "c" / f".{'d' * 32}.safetensors.x"
@@ -168,7 +177,12 @@ def test_cache_lists_and_cleans(in_process: Any, tmp_path: Path, monkeypatch: py
     os.utime(leftover, (0, time.time() - 10**6))
     files = in_process("cache", "list", "--cache-dir", "c", "--json").json["files"]
     listed = {Path(file["path"]).name: file for file in files}
-    assert set(listed) == {current.name, old.name, prompt.name, leftover.name}
+    assert listed[current.name]["name"] == "/models/a long way down/dream" and not listed[old.name]["name"]
+    monkeypatch.setattr("tiler.cli.cache.columns", lambda: 80)
+    lines = in_process("cache", "list", "--cache-dir", "c").out.splitlines()
+    assert any("int8 weights" in line and line.endswith("  /models/a long way down/dream") for line in lines)
+    assert any("encoded prompts" in line and line.endswith("  mini (2)") for line in lines)
+    assert set(listed) == {current.name, old.name, prompt.name, other.name, leftover.name}
     assert listed[old.name]["stale"] == "of another version of tiler" and not listed[current.name]["stale"]
     monkeypatch.setenv("TILER_CACHE_DIR", str(tmp_path / "c"))
     assert len(in_process("cache", "list", "--json").json["files"]) == len(files)

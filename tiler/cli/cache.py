@@ -11,11 +11,10 @@ from typing import Annotated
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.terminal import columns
+from tiler.cli.terminal import columns, size
 from tiler.errors import UsageError
-from tiler.memory.budget import format_mb
 from tiler.request import settings
-from tiler.weights.caches import Cached, list_cached, remove
+from tiler.weights.caches import PROMPTS, Cached, list_cached, remove
 
 app = typer.Typer(
     help="List or remove the files that make the next run faster: int8 weights, encoded prompts, hashes.",
@@ -45,23 +44,39 @@ def _listed(folder: Path | None) -> list[Cached]:
 
 @app.command("list")
 def show(cache_dir: CacheDir = None, json_output: o.Json = False) -> None:
-    """Show every cached file: its size, when it was last used, and whether it is stale."""
+    """Show the cached files: size, last use, the model or file that they were made from, and whether they are stale.
+
+    Encoded prompts are counted by model, because their files do not contain the words.
+    """
     found = _listed(cache_dir)
     if json_output:
         o.tell({"files": [asdict(file) | {"path": str(file.path)} for file in found]})
         return
-    width = columns()
+    groups: dict[tuple[str, ...], list[Cached]] = {}
     for file in found:
-        used = "today" if file.used_days < 1 else f"{file.used_days:.0f} days ago"
-        stale = f"  stale: {file.stale}" if file.stale else ""
-        typer.echo(f"{format_mb(file.size_bytes):>10}  {used:12} {file.kind:16} {file.path.name[:12]}{stale}"[:width])
+        alike = file.kind == PROMPTS and not file.stale  # no file says which prompt it holds
+        groups.setdefault((file.kind, file.name, "" if alike else str(file.path)), []).append(file)
+    for files in groups.values():
+        typer.echo(_line(files, columns()))
     sizes: Counter[Path] = Counter()
     for file in found:
         sizes[file.path.parent] += file.size_bytes
-    for folder, size in sizes.items():
-        typer.echo(f"{format_mb(size):>10}  in {folder}")
+    for folder, nbytes in sizes.items():
+        typer.echo(f"{size(nbytes):>8}  in {folder}")
     if not found:
         typer.echo("nothing is cached")
+
+
+def _line(files: list[Cached], width: int) -> str:
+    """A line about one file, or about the prompts of one model. Of a long name the end is shown."""
+    first, days = files[0], min(file.used_days for file in files)
+    used = "today" if days < 1 else f"{days:.0f} day{'s' if round(days) > 1 else ''} ago"
+    line = f"{size(sum(file.size_bytes for file in files)):>8}  {used:12} {first.kind:18}"
+    name = first.name or first.path.name[:12]
+    end = f" ({len(files)})" if first.kind == PROMPTS else ""
+    end += f"  stale: {first.stale}" if first.stale else ""
+    room = max(12, width - len(line) - len(end))
+    return line + (name if len(name) <= room else f"…{name[1 - room :]}") + end
 
 
 @app.command("clean")
@@ -83,6 +98,6 @@ def clean(
         if everything or file.stale or (older is not None and file.used_days >= older)
     ]
     for file in found:
-        typer.echo(f"{file.path}: {format_mb(file.size_bytes)}, {file.stale or file.kind}")
+        typer.echo(f"{file.path}: {size(file.size_bytes)}, {file.stale or file.kind}")
     freed = sum(file.size_bytes for file in found) if dry_run else remove(found)
-    typer.echo(f"{'would free' if dry_run else 'freed'} {format_mb(freed)} ({len(found)} files)")
+    typer.echo(f"{'would free' if dry_run else 'freed'} {size(freed)} ({len(found)} files)")

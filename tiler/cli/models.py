@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.terminal import columns
+from tiler.cli.terminal import columns, size
 from tiler.errors import UsageError
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import settings
 from tiler.request.settings import Kind
+
+if TYPE_CHECKING:
+    from tiler.models.listing import Listed
 
 Folders = Annotated[
     list[Path] | None,
@@ -24,10 +28,10 @@ Folders = Annotated[
 
 
 def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o.Json = False) -> None:
-    """List models, autoencoders and text encoders: family, size, and whether 2048² fits the ceiling.
+    """List models, autoencoders and text encoders: kind, size, and whether 2048² fits the ceiling.
 
-    Only headers and configs are read; `tiler plan` says more about one model. If a file lacks a part, the option that
-    supplies it is named.
+    NEEDS is the smallest --max-ram that renders 2048². Only headers and configs are read; `tiler plan` says more about
+    one model. If a file lacks a part, the option that supplies it is named.
     """
     from tiler.models.listing import list_models
 
@@ -45,10 +49,33 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     if not found:
         typer.echo(f"no .safetensors or .gguf file and no diffusers folder in {', '.join(map(str, wanted))}")
         return
-    width = columns()
+    for line in _table(found, ceiling, columns()):
+        typer.echo(line)
+
+
+_WIDEST = 24  # characters of a kind; longer ones stand behind the name
+
+
+def _table(found: Sequence[Listed], ceiling: int, width: int) -> Iterator[str]:
+    """The models in columns, below the name of their folder."""
+    kinds = max([4, *(len(model.family) for model in found if len(model.family) <= _WIDEST)])
+    head = f"{'SIZE':>7}  {'NEEDS':>6}  FITS  {'KIND':{kinds}}  "
+    yield f"{head}NAME"
+    folder = None
     for model in found:
-        fits = {True: ", fits", False: f", needs {format_mb(model.floor_bytes or 0)} of memory", None: ""}
-        lacks = f"; add {' '.join(model.lacks)}" if model.lacks else ""
-        size = f"{model.size_bytes / 1e9:.1f} GB" if model.size_bytes >= 10**9 else format_mb(model.size_bytes)
-        said = f"{size}, {model.family}{fits[model.fits(ceiling)]}{lacks}"
-        typer.echo(textwrap.fill(f"{model.path}: {said}", width, subsequent_indent="    ", break_on_hyphens=False))
+        if model.path.parent != folder:
+            folder = model.path.parent
+            yield str(folder)
+        needs = "" if model.floor_bytes is None else format_mb(model.floor_bytes)
+        fits = {True: "yes", False: "no", None: ""}[model.fits(ceiling)]
+        kind, name = (
+            (model.family, model.path.name)
+            if len(model.family) <= kinds
+            else ("", f"{model.path.name}: {model.family}")
+        )
+        row = f"{size(model.size_bytes):>7}  {needs:>6}  {fits:4}  {kind:{kinds}}  "
+        name += f" (add {' '.join(model.lacks)})" if model.lacks else ""
+        room = max(20, width - len(head))
+        first, *rest = textwrap.wrap(name, room, break_on_hyphens=False) or [name]
+        yield row + first
+        yield from (" " * len(head) + line for line in rest)

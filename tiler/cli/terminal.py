@@ -61,6 +61,13 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
+def size(nbytes: int) -> str:
+    """A file's size for people: "2.1 GB", "335 MB", "12 kB"."""
+    if nbytes >= 10**9:
+        return f"{nbytes / 1e9:.1f} GB"
+    return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**6 else f"{-(-nbytes // 1000)} kB"
+
+
 def columns() -> int:
     """The width of lines: the terminal's width, and unlimited if the output is no terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000

@@ -29,7 +29,7 @@ from tiler.models.samples import Prompt
 from tiler.request import Emphasis
 from tiler.request.choices import MAX_CLIP_SKIP
 from tiler.weights import packed
-from tiler.weights.caches import INT8_VERSION
+from tiler.weights.caches import INT8_VERSION, MODEL
 from tiler.weights.index import open_regular, read_index, read_metadata
 from tiler.weights.places import cache_home
 from tiler.weights.store import WeightStore
@@ -193,7 +193,7 @@ def prompts_folder(cache: Path | None) -> Path:
 
 
 class PromptCache:
-    """Encoded prompts in `folder`, one file each; no file contains its text.
+    """Encoded prompts in `folder`, one file each; no file contains its text, and each names its model.
 
     A file's name is a hash of everything that determines the embeddings: the text, the encoders' weights and configs,
     their tokenizers, the arithmetic (`int8`: with the weights of packed.py) and who computes it, what the family makes
@@ -249,7 +249,8 @@ class PromptCache:
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be made ({error.strerror})") from error
         for text, encoded in texts.items():
-            write_encoded(self._path(text), {None: encoded}, {}, in_cache=True)
+            facts = {MODEL: self._family.checkpoint.known_as}
+            write_encoded(self._path(text), {None: encoded}, facts, in_cache=True)
         prune(self.folder, CACHE_BYTES)
 
 

@@ -4,11 +4,14 @@ contains."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from tiler.errors import ModelError, StorageError
@@ -17,32 +20,38 @@ from tiler.weights.index import read_metadata
 from tiler.weights.places import cache_home
 
 INT8_VERSION = "5"  # of the rules for int8 weights: which layers, which scales, which order
-_OURS = re.compile(r"[0-9a-f]{32}\.safetensors")
+MODEL = "model"  # the entry in a cached file's metadata that names the model
+_HASH = re.compile(r"[0-9a-f]{32}")
+_OURS = re.compile(rf"{_HASH.pattern}\.safetensors")
+_LINES = 3  # of a file that may name what it is about
 _LEFT_OVER_SECONDS = 24 * 3600  # a hidden file that is older was left behind by a run that was killed
 DAY = 24 * 3600
+PROMPTS, COUNTS = "encoded prompts", "--count"  # kinds of cached files
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cached:
     """A cached file. `used_days`: days since it was last read or written; `stale`: the reason why it is useless, "" if
-    it is not."""
+    it is not; `name`: the model, file or picture that it was made from, "" if it does not say."""
 
     kind: str
     path: Path
     size_bytes: int
     used_days: float
     stale: str = ""
+    name: str = ""
 
 
 def list_cached(folder: Path | None) -> list[Cached]:
     """All cached files: in `folder`, that of --cache-dir, or in the user's cache folder."""
     home = cache_home() / "tiler"
     packed, prompts = (home / "packed", home / "prompts") if folder is None else (folder, folder / "prompts")
-    found = [*_files("int8 weights", packed), *_files("encoded prompts", prompts)]
+    found = [*_files("int8 weights", packed), *_files(PROMPTS, prompts)]
     if folder is None:
-        others = {"hashes": "hashes", "clip": "CLIP's vocabulary", "previews": "preview colours", "counts": "--count"}
+        others = {"hashes": "hashes", "clip": "CLIP's vocabulary", "previews": "preview colours", "counts": COUNTS}
         for name, kind in others.items():
-            found += [_cached(kind, path) for path in sorted((home / name).rglob("*")) if path.is_file()]
+            files = [path for path in sorted((home / name).rglob("*")) if path.is_file()]
+            found += [_cached(kind, path, name=_source(path)) for path in files]
     return found
 
 
@@ -52,25 +61,40 @@ def _files(kind: str, folder: Path) -> Iterator[Cached]:
         if not path.is_file() or path.is_symlink():
             continue
         if _OURS.fullmatch(name):
-            yield _cached(kind, path, _misfit(path))
+            said, stale = _said(path)
+            yield _cached(kind, path, stale, said.get(MODEL, ""))
         elif name.startswith(".") and _OURS.search(name) and time.time() - path.stat().st_mtime > _LEFT_OVER_SECONDS:
             yield _cached(kind, path, "left behind by a run that was killed")
 
 
-def _misfit(path: Path) -> str:
+def _said(path: Path) -> tuple[dict[str, str], str]:
+    """The metadata of a safetensors file, and why the file is stale."""
     try:
         said = read_metadata(path)
     except ModelError:
-        return "damaged"
-    if said.get("format") != "tiler-int8":
-        return ""  # by its name of ours, by its words not: it stays
-    return "" if said.get("version") == INT8_VERSION else "of another version of tiler"
+        return {}, "damaged"
+    # By its name of ours, by its words not: it stays.
+    old = said.get("format") == "tiler-int8" and said.get("version") != INT8_VERSION
+    return said, "of another version of tiler" if old else ""
 
 
-def _cached(kind: str, path: Path, stale: str = "") -> Cached:
+def _source(path: Path) -> str:
+    """The file whose hash is in `path`, the first picture of a --count, or the name of any other file with one."""
+    if not _HASH.fullmatch(path.stem):
+        return f"{path.parent.name}/{path.name}"
+    with suppress(OSError, ValueError, RecursionError), path.open("rb") as file:
+        for line in islice(file, _LINES):
+            said = json.loads(line)
+            for key in ("path", "output") if isinstance(said, dict) else ():
+                if isinstance(said.get(key), str):
+                    return str(said[key])
+    return ""
+
+
+def _cached(kind: str, path: Path, stale: str = "", name: str = "") -> Cached:
     state = path.stat()
     days = max(0.0, (time.time() - max(state.st_atime, state.st_mtime)) / DAY)
-    return Cached(kind=kind, path=path, size_bytes=state.st_size, used_days=days, stale=stale)
+    return Cached(kind=kind, path=path, size_bytes=state.st_size, used_days=days, stale=stale, name=name)
 
 
 def remove(files: list[Cached]) -> int:

@@ -3,6 +3,7 @@ own cache. Reads only JSON and safetensors, and refuses pickles. Knows file name
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from tiler.weights.index import TensorInfo, merge_indexes
 from tiler.weights.layouts import check_map, understood
 from tiler.weights.places import expand
 
+MINI = "mini"  # the embedded model
 QUANTO_MAP = "quanto_qmap.json"  # which modules optimum-quanto quantised, and how
 
 
@@ -61,6 +63,13 @@ class Checkpoint:
         """This checkpoint with sources for its parts, and more notes."""
         sources, tokenizers = {**self.sources, **sources}, {**self.tokenizers, **tokenizers}
         return replace(self, sources=sources, tokenizers=tokenizers, notes=(*self.notes, *notes))
+
+    @property
+    def known_as(self) -> str:
+        """The model's hub id, or its absolute path, or `mini`; what is not UTF-8 in a path is replaced."""
+        if self.repository is not None or self.name == MINI:
+            return self.repository or self.name
+        return os.fsencode(os.path.abspath(self.file or self.folder)).decode("utf-8", "replace")
 
     def has(self, part: str) -> bool:
         """Whether the part exists."""
@@ -120,9 +129,9 @@ def resolve(
 def _resolve(
     model: str, variant: str | None, revision: str | None, model_dirs: Sequence[Path], *, reads_text: bool
 ) -> Checkpoint:
-    if model == "mini":
+    if model == MINI:
         folder = Path(__file__).parents[1] / "models" / "mini"
-        return Checkpoint(name="mini", folder=folder, variant=None)
+        return Checkpoint(name=MINI, folder=folder, variant=None)
     path = expand(model)
     if not path.exists() and (known := find_model(model, model_dirs)) is not None:
         path = known

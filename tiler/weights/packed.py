@@ -20,7 +20,7 @@ import torch
 from tiler.errors import ModelError, NumericalError, StorageError
 from tiler.files import atomic
 from tiler.weights.blocks import block_sides, blocked, can_block
-from tiler.weights.caches import INT8_VERSION
+from tiler.weights.caches import INT8_VERSION, MODEL
 from tiler.weights.changes import Changes
 from tiler.weights.codecs import CODECS
 from tiler.weights.index import TensorInfo, header_bytes, open_regular, read_file, read_index
@@ -84,7 +84,7 @@ def _misfit(path: Path, mark: str, in_blocks: bool) -> str | None:
     if not path.exists():
         return "there are none of this model yet"
     try:
-        said = read_file(path).texts
+        said = {key: value for key, value in read_file(path).texts.items() if key != MODEL}
     except ModelError as error:
         return str(error)
     if said not in (_metadata(mark, True), _metadata(mark, False)):
@@ -109,15 +109,16 @@ def write_packed(
     in_blocks: frozenset[str] = frozenset(),
     rotated: frozenset[str] = frozenset(),
     changes: Changes | None = None,
+    model: str = "",
 ) -> None:
-    """Write the tensors of `index` in `order`.
+    """Write the tensors of `index` in `order`, for people as those of `model`.
 
     Tensors in `quantised` become int8 by the function given there; those that are `in_blocks` and can be divided are
     stored in the order of blocks.py; the functions of those in `rotated` rotate them. Others stay as stored, or become
     fp32 if several tensors form one. `changes` are applied before quantising. `progress` gets the share written. Raises
     StorageError, ModelError, NumericalError.
     """
-    header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks))}
+    header: dict[str, Any] = {"__metadata__": _metadata(mark, bool(in_blocks)) | ({MODEL: model} if model else {})}
     in_blocks = frozenset(name for name in in_blocks if can_block(index[name].shape))
     end = 0
 
