@@ -38,7 +38,7 @@ def one_measurement() -> Iterator[None]:
     from tiler.planning import time
 
     with pytest.MonkeyPatch.context() as patch:
-        for measure in (time.chosen_speed, time.attention_speed):
+        for measure in (time.chosen_speed, time.attention_speed, time.call_seconds):
             patch.setattr(time, measure.__name__, cache(measure))
         yield
 

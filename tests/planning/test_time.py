@@ -13,13 +13,13 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from tiler import RenderRequest
-from tiler.compute.tuning import RUN_SECONDS
+from tiler.compute.tuning import LOAD_CALLS, RUN_CALLS
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
 from tiler.models.family import Role, read_family
 from tiler.planning.resolve import fill
 from tiler.planning.tiling import plan_tiling
-from tiler.planning.time import Counter, Flops, seconds
+from tiler.planning.time import Batches, Counter, Flops, seconds
 from tiler.request import Decode, Precision, ScratchDtype
 from tiler.weights.checkpoint import resolve
 
@@ -73,6 +73,7 @@ class Speed(NamedTuple):
     attention: float
     half_attention: float
     disk: float = math.inf
+    call: float = 1e-5
 
 
 SPEED, WORK = (
@@ -84,7 +85,7 @@ SPEED, WORK = (
 @pytest.mark.parametrize("precision", list(Precision))
 def test_a_machine_twice_as_fast_takes_half_as_long(precision: Precision) -> None:
     methods = [decoding(Decode.SAMPLED), decoding(Decode.FROZEN, 0)]
-    fast = Speed(*(2 * value for value in SPEED))
+    fast = Speed(*(2 * value for value in SPEED))._replace(call=SPEED.call / 2)
     assert seconds(WORK, methods, fast, precision) == pytest.approx(seconds(WORK, methods, SPEED, precision) / 2)
 
 
@@ -112,15 +113,21 @@ def test_each_part_of_a_render_adds_its_time() -> None:
 
 
 def test_what_is_small_takes_longer_than_its_arithmetic(tiny: Path) -> None:
-    """Each layer takes time to start, for each sample; narrow layers of an autoencoder have more values to an
-    operation."""
+    """Each layer takes time to start, for each sample and for each read of its weights, so samples that share a read
+    take less; narrow layers have more values to an operation."""
     family = read_family(resolve(str(tiny)))
     request = fill(RenderRequest(prompt="x", width=64, height=64, guide=False, num_inference_steps=3))
-    work = Counter(Models(family)).count(plan_tiling(request, family), None)
+    counter, tiling = Counter(Models(family)), plan_tiling(request, family)
+    work, shared = (counter.count(tiling, None, Batches(1, batch)) for batch in (1, 2))
     unet = Models(family).module(family.part(Role.DENOISER))
     assert work.runs == 2 * 3 * sum(name.endswith(".weight") for name, _ in unet.named_parameters())
-    more = seconds(work, [], SPEED, Precision.FP32) - seconds(work._replace(runs=0), [], SPEED, Precision.FP32)
-    assert more == pytest.approx(work.runs * RUN_SECONDS)
+    assert (work.loads, shared.loads, shared.runs) == (work.runs, work.runs // 2, work.runs)
+    assert work.narrow > work.layers  # of 16 channels
+    assert seconds(shared, [], SPEED, Precision.FP32) < seconds(work, [], SPEED, Precision.FP32)
+    bare = work._replace(runs=0, loads=0, narrow=0)
+    more = seconds(work, [], SPEED, Precision.FP32) - seconds(bare, [], SPEED, Precision.FP32)
+    small = (RUN_CALLS + LOAD_CALLS) * work.runs * SPEED.call
+    assert more == pytest.approx(small + work.narrow / SPEED.fp32)
     took = [
         seconds(Flops(0, 0), [replace(decoding(Decode.EXACT, 0), width=width)], SPEED, Precision.FP32)
         for width in (16, 64, 128, 512)

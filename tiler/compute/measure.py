@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -70,22 +71,28 @@ def _candidates(shape: TableShape) -> list[Kernel]:
 
 @torch.no_grad()
 def timings(
-    shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter, *, only: Kernel | None = None
-) -> dict[str, float]:
+    shape: TableShape, rounds: int = 5, clock: Callable[[], float] = time.perf_counter, *, only: Kernel | None = None,
+    times: int = 1,
+) -> dict[str, float]:  # fmt: skip
     """The time in seconds of each kernel that can run a layer of that shape, or of a single kernel, with the weight
-    prepared beforehand."""
+    prepared beforehand. A measurement runs the layer so many `times`."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
     rows, scale = quantize_rows(weight)
-    times: dict[str, float] = {}
+    found: dict[str, float] = {}
     with TemporaryDirectory() as folder:
         save_file({_NAME: weight}, Path(folder) / "fp32.safetensors")
         save_file({_NAME: rows, _NAME + SCALE: scale}, Path(folder) / "int8.safetensors")
         for kernel in _candidates(shape) if only is None else [only]:
             file = "int8" if kernel.name in _INT8 else "fp32"
             with _ready(kernel, shape, x, Path(folder) / f"{file}.safetensors") as once:
-                times[kernel.name] = median_seconds(once, rounds, clock)
-    return times
+                found[kernel.name] = median_seconds(partial(_repeat, once, times), rounds, clock) / times
+    return found
+
+
+def _repeat(work: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        work()
 
 
 @contextmanager
@@ -119,6 +126,14 @@ def chosen_speed(shape: TableShape, precision: str, rounds: int = 5) -> float:
     """The FLOP/s of the kernel chosen on this machine for a layer of that shape in `precision`: fp32, bf16 or int8."""
     kernel = choose_kernel(shape.op(), shape.x, _policy(precision), isa())
     return shape.op().flops(shape.x) / timings(shape, rounds, only=kernel)[kernel.name]
+
+
+@torch.no_grad()
+def call_seconds(rounds: int = 5) -> float:
+    """The time of a layer so small that its arithmetic takes none: Python, and the start of a kernel."""
+    shape = TableShape(Kind.LINEAR, (64, 64), (1, 16, 64))
+    kernel = choose_kernel(shape.op(), shape.x, _policy("fp32"), isa())
+    return timings(shape, rounds, only=kernel, times=200)[kernel.name]
 
 
 @torch.no_grad()

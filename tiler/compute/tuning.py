@@ -151,13 +151,16 @@ OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_dec
 OVERHEAD_BY_LAYERS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 0.8
 OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 3.1
 OVERHEAD_BY_ROWS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.0
-# One layer of a denoiser for one sample, beside its arithmetic: Python, the start of operators, checks, blending, and a
-# sample's part of preparing the weights. Renders of mini at 1024²: 117 µs of one thread's processor time, 180 µs of a
-# clock's with two threads, which do not share this; passes alone, over 1–16 samples of 16² and 32² latents: 75 µs.
-RUN_SECONDS: Annotated[float, Passport("seconds", "python scripts/remaining.py")] = 165e-6
-# An autoencoder with layers narrower than NARROW has this much more overhead, times the difference of the widths'
-# inverses: norms and files take time by value, and narrow layers have more of them for each operation (mini, 16
-# channels, 1024², processor time of one thread: decoding takes 7 times its arithmetic).
+# One layer of a denoiser for one sample, beside its arithmetic: Python, the start of operators, checks, blending; and
+# the weights of one layer prepared for the samples that share a read. Both in calls of a layer without arithmetic,
+# which are timed on the machine (measure.py): 27 µs on a Zen 3 server, where renders of mini at 512² and 1024² took 257
+# µs and about 300 µs of one thread's processor time, with 16 samples or one sharing a read.
+RUN_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 9.5
+LOAD_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 11.0
+# An autoencoder or a UNet with layers narrower than NARROW has this much more overhead, times the difference of the
+# widths' inverses: norms and files take time by value, of which narrow layers have more for each operation, and narrow
+# convolutions are not transformed (mini, processor time of one thread: decoding, 16 channels, takes 7 times its
+# arithmetic at 1024²; a pass of the UNet, 48 channels, 3.8 times, of which 2.1 are every UNet's).
 NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
 OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 105.0
 

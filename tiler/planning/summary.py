@@ -44,8 +44,9 @@ def summarise(
     counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
     own_bytes = pass_bytes(models, plan)
 
-    def count(asked: ResolvedRequest, tiling: Tiling) -> time.Flops:
-        return counter.count(tiling, asked.attention_window).plus(loras.count(tiling, asked.attention_window))
+    def count(asked: ResolvedRequest, tiling: Tiling, by: RenderPlan = plan) -> time.Flops:
+        work = counter.count(tiling, asked.attention_window, time.Batches(by.guide_batch, by.batch))
+        return work.plus(loras.count(tiling, asked.attention_window))
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
         work, nbytes = count(asked, tiling), math.ceil(tiling.denoiser_samples / plan.batch) * own_bytes
@@ -62,7 +63,7 @@ def summarise(
     def judge(asked: ResolvedRequest, other: RenderPlan, tiling: Tiling, share: float) -> float:
         of_pass = own_bytes if other is plan else pass_bytes(models, other)
         nbytes = share * math.ceil(tiling.denoiser_samples / other.batch) * of_pass
-        return time.seconds(count(asked, tiling), other.methods.values(), speed, other.precision, nbytes)
+        return time.seconds(count(asked, tiling, other), other.methods.values(), speed, other.precision, nbytes)
 
     presets = {}
     for preset in Preset:
@@ -131,8 +132,8 @@ def pass_bytes(models: Models, plan: RenderPlan) -> int:
 def seconds_per_tile(request: ResolvedRequest, plan: RenderPlan, models: Models, speed: time.Speed) -> float:
     """The time for each tile of the canvas, over all of its steps."""
     canvas, window = replace(plan, guide_steps=plan.guide_steps[:0]), request.attention_window
-    counters = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
-    work, more = (counter.count(canvas, window) for counter in counters)
+    work = time.Counter(models).count(canvas, window, time.Batches(plan.guide_batch, plan.batch))
+    more = time.LoraCounter(models, plan.precision, plan.batch).count(canvas, window)
     nbytes = math.ceil(plan.canvas_samples / plan.batch) * pass_bytes(models, plan)
     took = time.seconds(work.plus(more), (), speed, plan.precision, nbytes)
     return took / max(1, sum(map(len, plan.canvas_steps)))

@@ -13,10 +13,11 @@ import torch
 from tiler.compute import cpu
 from tiler.compute.kernels import Kind
 from tiler.compute.lending import lent
-from tiler.compute.measure import TableShape, attention_speed, chosen_speed
+from tiler.compute.measure import TableShape, attention_speed, call_seconds, chosen_speed
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import (
+    LOAD_CALLS,
     NARROW,
     OVERHEAD_BF16,
     OVERHEAD_BY_LAYERS,
@@ -26,7 +27,7 @@ from tiler.compute.tuning import (
     OVERHEAD_FP32,
     OVERHEAD_INT8,
     OVERHEAD_NARROW,
-    RUN_SECONDS,
+    RUN_CALLS,
 )
 from tiler.decoding.method import DecodePlan
 from tiler.models.built import Models
@@ -41,25 +42,41 @@ _ROUNDS = 3  # of each measurement: an estimate of minutes does not need the fif
 
 
 class Flops(NamedTuple):
-    """Floating-point operations, two for each multiply-add: of layers with weights, and of attention; and how many
-    `runs` of a layer for a sample they are spread over."""
+    """Floating-point operations, two for each multiply-add: of layers with weights, and of attention; how many `runs`
+    of a layer for a sample they are spread over; how often the weights of a layer are prepared for these (`loads`);
+    and as how many more operations narrow layers count (`narrow`)."""
 
     layers: int
     attention: int
     runs: int = 0
+    loads: int = 0
+    narrow: float = 0.0
 
     @property
     def tflop(self) -> float:
         return (self.layers + self.attention) / 1e12
 
     def plus(self, other: Flops) -> Flops:
-        return Flops(self.layers + other.layers, self.attention + other.attention, self.runs + other.runs)
+        return Flops(
+            self.layers + other.layers, self.attention + other.attention, self.runs + other.runs,
+            self.loads + other.loads, self.narrow + other.narrow,
+        )  # fmt: skip
+
+
+class Batches(NamedTuple):
+    """Samples that share a read of the denoiser's weights, of the guide and of the canvas."""
+
+    guide: int
+    canvas: int
+
+
+ONE = Batches(1, 1)
 
 
 class Speed:
     """Operations per second of this machine: of the kernels chosen for a 3×3 convolution of 320 channels in each
-    precision, and for attention of 2,048 tokens; and the bytes per second at which the file `weights` is read. Each is
-    measured when it is first asked for, in a fifth of a second."""
+    precision, and for attention of 2,048 tokens; the time of a `call` of a layer without arithmetic; and the bytes per
+    second at which the file `weights` is read. Each is measured when it is first asked for, in a fifth of a second."""
 
     def __init__(self, weights: Path) -> None:
         self._weights = weights
@@ -89,6 +106,11 @@ class Speed:
         return self._attention("int8" if cpu.int8().products else "fp32")
 
     @cached_property
+    def call(self) -> float:
+        """Seconds."""
+        return call_seconds(_ROUNDS)
+
+    @cached_property
     def disk(self) -> float:
         return disk_speed(self._weights)
 
@@ -101,18 +123,23 @@ class Counter:
         self.family, self.streamer = models.family, streamer or Streamer(None)
         self.module = models.module(self.family.part(Role.DENOISER))
         self._layers = sum("weight" in dict(layer.named_parameters(recurse=False)) for layer in self.module.modules())
+        self._narrow = _narrow_overhead(self.family.traits.width)
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
-    def count(self, cut: Tiling, attention_window: int | None) -> Flops:
-        """The work of all denoiser samples of `cut`."""
+    def count(self, cut: Tiling, attention_window: int | None, batches: Batches = ONE) -> Flops:
+        """The work of all denoiser samples of `cut`, of which as many as `batches` says share a read of the weights."""
         total, tile = Flops(0, 0), cut.regions.tile
         guide = tile if cut.guide is None else (cut.guide.height, cut.guide.width)
-        for steps, sides in ((cut.guide_steps, guide), (cut.canvas_steps, tile)):
+        for steps, sides, batch in (
+            (cut.guide_steps, guide, batches.guide),
+            (cut.canvas_steps, tile, batches.canvas),
+        ):
             for step in steps:
+                total = total.plus(Flops(0, 0, loads=math.ceil(step.samples / batch) * self._layers))
                 for samples, tiles in step.counts():
                     one = self._tile(samples, *sides, attention_window)
-                    runs = tiles * samples * self._layers
-                    total = total.plus(Flops(tiles * one.layers, tiles * one.attention, runs))
+                    runs, narrow = tiles * samples * self._layers, tiles * one.layers * self._narrow
+                    total = total.plus(Flops(tiles * one.layers, tiles * one.attention, runs, narrow=narrow))
         return total
 
     def _tile(self, samples: int, height: int, width: int, window: int | None) -> Flops:
@@ -165,8 +192,13 @@ def _coding_seconds(method: DecodePlan, speed: Speed) -> float:
     else:
         by_layers, by_rows, attention = OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, speed.attention
     overhead = by_layers if method.by_layers else by_rows
-    overhead += OVERHEAD_NARROW * max(0.0, 1 / method.width - 1 / NARROW)
+    overhead += _narrow_overhead(method.width)
     return overhead * method.flops / speed.fp32 + method.attention_flops / attention
+
+
+def _narrow_overhead(width: int) -> float:
+    """The overhead of layers with `width` channels at the highest resolution, if they are narrow."""
+    return OVERHEAD_NARROW * max(0.0, 1 / width - 1 / NARROW)
 
 
 def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float:
@@ -177,4 +209,5 @@ def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float
         layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
     else:
         layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
-    return overhead * (work.layers / layers + work.attention / attention) + work.runs * RUN_SECONDS
+    small = (RUN_CALLS * work.runs + LOAD_CALLS * work.loads) * speed.call + work.narrow / speed.fp32
+    return overhead * (work.layers / layers + work.attention / attention) + small
