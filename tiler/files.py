@@ -55,7 +55,8 @@ def check_writable(path: Path, *, force: bool, option: str = "--output") -> None
             if not force:
                 raise UsageError(f"{path} exists; give --force to replace it, or another {option}")
         if not target.parent.is_dir():
-            raise UsageError(f"{target.parent} does not exist; create it first")
+            what = "is a file, not a folder" if target.parent.exists() else "does not exist; create it first"
+            raise UsageError(f"{target.parent} {what}")
         _try_name(target)
         probe = _beside(target)
         with _hidden(target) as file:

@@ -38,7 +38,7 @@ from tiler.output.png import PngWriter
 from tiler.output.texts import read_texts
 from tiler.planning.peaks import VaePeaks
 from tiler.request import Decode, ResolvedRequest, Wrap
-from tiler.request.choices import STDOUT, Format
+from tiler.request.choices import FORMATS, STDOUT, Format
 from tiler.run import Run, measure
 from tiler.weights.identity import model_id
 
@@ -153,7 +153,7 @@ def check(path: Path, request: ResolvedRequest) -> None:
     UsageError, StorageError."""
     if path == STDOUT:
         return
-    if format_of(path) not in (Format.PNG, Format.JPEG):
+    if FORMATS.get(path.suffix.lower()) not in (Format.PNG, Format.JPEG):
         raise UsageError(
             f"{path}: previews are written as .png or .jpg; give --preview a name that ends so, or - for the terminal"
         )

@@ -81,10 +81,14 @@ def test_models_that_are_not_there(tiler, in_process, tmp_path: Path) -> None:
     assert in_process("render", "x", "--model", "./nowhere").code == 3
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02")
     assert "pickle" in in_process("render", "x", "--model", "old.ckpt").err
+    (tmp_path / "boat.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    ran = in_process("render", "x", "--model", "boat.png")
+    assert ran.code == 3 and "boat.png: this is a picture, not a safetensors file; --from repeats" in ran.err
     ran = tiler(
         "render", "x", "--model", "org/never-downloaded", env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     )
-    assert ran.code == 9
+    assert ran.code == 9 and len(ran.err.splitlines()) == 1
+    assert "cannot be reached (HF_HUB_OFFLINE is set); check the name" in ran.err
     assert "hf download org/never-downloaded" in ran.err
 
 

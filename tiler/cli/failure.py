@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,19 @@ _WHY = {
     "greater_than_equal": "must be at least {ge}", "less_than_equal": "must be at most {le}",
 }  # fmt: skip
 """Words for pydantic's errors, by their types."""
+_ELSEWHERE = {
+    "--prompt": 'the prompt needs no option: tiler render "a boat"', "-p": 'the prompt needs no option: tiler render "a boat"',
+    "--sampler": "--scheduler names the sampler", "--sampler-name": "--scheduler names the sampler",
+    "--cfg": "--cfg-scale is classifier-free guidance", "--negative": "--negative-prompt, or -n, says what not to draw",
+    "--ckpt": "--model names the model, also a single file", "--init-img": "--guide takes a picture to start from",
+    "--denoising-strength": "--strength is the share of the schedule that is denoised again",
+    "--batch-size": "--count makes several pictures", "--batch-count": "--count makes several pictures",
+    "--n-iter": "--count makes several pictures", "--tiling": "--wrap xy makes a picture without seams",
+    "--enable-hr": "pictures larger than the model's own size have a guide of that size already",
+    "--hires-fix": "pictures larger than the model's own size have a guide of that size already",
+    "--lowvram": "--max-ram sets the memory ceiling", "--medvram": "--max-ram sets the memory ceiling",
+}  # fmt: skip
+"""What options of AUTOMATIC1111 and stable-diffusion.cpp are called here."""
 
 
 def end(error: BaseException) -> NoReturn:
@@ -62,9 +76,18 @@ def usage_of(error: Any) -> str:
     why, names = why_invalid(error), getattr(getattr(error, "param", None), "opts", ())
     if why and (option := next((name for name in names if name.startswith("--")), "")):
         said = error.__cause__.errors()[0]["input"]
+        if option == "--size" and (sides := re.fullmatch(r"(\d+)[x×](\d+)", str(said))) is not None:
+            return f"--size {said}: it sets both sides; give -W {sides[1]} -H {sides[2]}"
         return f"{option} {said}: " + ("this command takes one seed" if option == "--seed" and "," in said else why)
     text: str = error.format_message()
-    return text.rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+    name = str(getattr(error, "option_name", ""))
+    if (hint := _ELSEWHERE.get(name.replace("_", "-"))) is not None:
+        return f"No such option: {name}; {hint}"
+    text = text.rstrip(".").replace("Value error, ", "")  # pydantic's prefix
+    command = getattr(getattr(error, "ctx", None), "command", None)
+    if "unexpected extra argument" in text and any(p.name == "prompt" for p in getattr(command, "params", ())):
+        return f"{text}; put a prompt of several words in quotes"
+    return text
 
 
 def why_invalid(error: BaseException) -> str:

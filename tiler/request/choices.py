@@ -207,9 +207,9 @@ def parse_scheduler(name: str) -> Scheduler:
     folded = " ".join(name.lower().replace("_", " ").split())
     joined = folded.replace(" ", "").replace("dpmpp", "dpm++")
     for scheduler in Scheduler:
-        if joined == scheduler.value.lower().replace(" ", ""):
+        if joined.removeprefix("k") == scheduler.value.lower().replace(" ", ""):
             return scheduler
-    if (known := _OTHER_NAMES.get(joined)) is not None:
+    if (known := _OTHER_NAMES.get(joined.removeprefix("k"))) is not None:  # InvokeAI's `k_euler_a`
         return known
     for scheduler, kind in itertools.product(Scheduler, ScheduleType):
         if joined == (scheduler.value + kind).lower().replace(" ", "").replace("_", ""):
@@ -223,6 +223,12 @@ def parse_schedule_type(name: str) -> ScheduleType:
     if folded in tuple(ScheduleType):
         return ScheduleType(folded)
     raise UsageError(f"unknown schedule type {name!r}; choose one of {', '.join(ScheduleType)}")
+
+
+def check_tensors(flag: str, path: Path | None) -> None:
+    """Raise UsageError if a file of tensors has the name of a picture."""
+    if path is not None and path.suffix.lower() in FORMATS:
+        raise UsageError(f"{flag} {path}: this file holds no picture; give it a name like {path.stem}.safetensors")
 
 
 def check_decode(decode: Decode, tiny_vae: str | None, *, previews: bool = False) -> None:

@@ -18,6 +18,7 @@ from tiler.request.choices import (
     Wrap,
     check_decode,
     check_format,
+    check_tensors,
     check_text,
     within,
 )
@@ -91,6 +92,7 @@ class EncodeRequest(ModelOptions):
         coerce(self)
         object.__setattr__(self, "loras", read_loras(self.loras))
         within("--clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
+        check_tensors("--output", self.output)
         for text in (*self.prompts, *self.negative_prompts):
             check_text(text)
         if not self.prompts:

@@ -31,6 +31,7 @@ from tiler.request.choices import (
     Wrap,
     check_decode,
     check_format,
+    check_tensors,
     check_text,
     parse_interval,
     parse_schedule_type,
@@ -254,8 +255,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
         Precision.AUTO,
         Option(
             "Arithmetic of the denoiser. int8 is fastest and reads half the bytes, from a file that is made once in --cache-dir; "
-            "bf16 is closer to fp32 and makes no file, but needs a processor with bf16 instructions; auto is int8, else bf16, if "
-            "models of that width are at least 1.3 times as fast in it as in fp32 on such a processor, else fp32.",
+            "bf16 is closer to fp32 and makes no file, but needs a processor with bf16 instructions; auto is int8, else bf16, if it is "
+            "at least 1.3 times as fast as fp32 on this processor for models of that width, else fp32.",
             Panel.MEMORY,
             ("--precision",),
         ),
@@ -314,6 +315,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
             if path is not None and taken.setdefault(path.absolute(), flag) != flag:
                 first = taken[path.absolute()]
                 raise UsageError(f"{path}: {first} and {flag} name the same file; give another name")
+        check_tensors("--save-latents", self.save_latents)
         said = self.prompt, self.negative_prompt, self.canvas_prompt
         texts = (*said, *(t for r in self.regions for t in (r.prompt, r.negative_prompt)))
         for text in texts:
