@@ -21,7 +21,8 @@ _WHY = {
 }  # fmt: skip
 """Words for pydantic's errors, by their types."""
 _ELSEWHERE = {
-    "--prompt": 'the prompt needs no option: tiler render "a boat"', "-p": 'the prompt needs no option: tiler render "a boat"',
+    "--prompt": 'the prompt needs no option: tiler render "a boat"',
+    "-p": 'the prompt needs no option: tiler render "a boat"',
     "--sampler": "--scheduler names the sampler", "--sampler-name": "--scheduler names the sampler",
     "--cfg": "--cfg-scale is classifier-free guidance", "--negative": "--negative-prompt, or -n, says what not to draw",
     "--ckpt": "--model names the model, also a single file", "--init-img": "--guide takes a picture to start from",
