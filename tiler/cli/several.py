@@ -41,8 +41,8 @@ Count = Annotated[
     int,
     typer.Option(
         "--count", rich_help_panel=Panel.PICTURE, metavar="N", min=1, max=queues.MOST, show_default=False,
-        help=f"Make N pictures, up to {queues.MOST:,}; with --seed S, their seeds are S, S + 1, and so on. With --cluster "
-        r"several are drawn at a time. [dim]\[default: 1][/dim]",
+        help=f"Make N pictures, up to {queues.MOST:,}; with --seed S, their seeds are S, S + 1, and so on. With "
+        r"--cluster several are drawn at a time. [dim]\[default: 1][/dim]",
     ),
 ]  # fmt: skip
 OutputDir = Annotated[
