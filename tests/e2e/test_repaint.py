@@ -28,11 +28,6 @@ STEPS = 2
 COMMON = ("a boat", "--steps", STEPS, "--seed", 5, "--precision", "fp32")
 
 
-@pytest.fixture(autouse=True)
-def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with poster.png and poster.jpg, a mask with two spots, and one of half its size."""
