@@ -44,6 +44,17 @@ def one_measurement() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def one_rehearsal() -> Iterator[None]:
+    """Plans of equal models share the measurement of the denoiser's memory."""
+    from tests.rehearsals import DenoiserPeaks, Remembered
+
+    remembered = Remembered(DenoiserPeaks.activations)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DenoiserPeaks, "activations", lambda *asked: remembered.activations(*asked))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests use no prompts encoded by another version of the code. They share int8 weights, which record their
     version."""
@@ -78,12 +89,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A render releases memory at each phase, which takes two thirds of a tiny render's time. Here garbage collection
-    skips what earlier tests left (a tiler process freezes its imports in the same way), and code stays mapped."""
+def short_pauses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A render releases memory at each phase, which takes two thirds of a tiny render's time. Here it does not. In the
+    tests of memory it does, but code stays mapped, and garbage collection skips what earlier tests left (a tiler
+    process freezes its imports in the same way)."""
     gc.collect()
     gc.freeze()
     monkeypatch.setattr("tiler.memory.process.release_code", lambda: None)
+    if request.path.parent.name != "memory":
+        monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
 
 
 @pytest.fixture(scope="session")

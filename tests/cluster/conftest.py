@@ -119,12 +119,6 @@ def dask_worker(fleet: Fleet, name: str, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Do not release memory between phases: it takes longer than the phases of so small a picture."""
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """A fleet with the workers `a`, as `tiler worker` starts it, and `b`, as a plain dask worker."""

@@ -53,11 +53,11 @@ def test_two_workers_make_the_picture_of_one_process(
     encode, guide = phases.encode_prompts, phases.make_guide
 
     def wait(until: Callable[[dict[str, Any]], object]) -> list[dict[str, Any]]:
-        for _ in range(600):
+        for _ in range(200):
             found = workers(Cluster(where=Where.CONNECT, address=fleet.address), fleet.keys, insecure=False)
             if all(map(until, found)):
                 return found
-            time.sleep(0.05)
+            time.sleep(0.2)  # each question connects anew
         raise AssertionError(found)
 
     def encoding(run: RenderRun) -> Prompts:

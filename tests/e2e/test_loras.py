@@ -33,12 +33,6 @@ from tiler.request import EncodeRequest, Lora, Precision, Scheduler
 from tiler.weights.lora_files import find_lora
 
 
-@pytest.fixture(autouse=True)
-def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip garbage collection, which takes most of these tests' time."""
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-
-
 class Made:
     """A pipeline, and a LoRA file with kohya's names for its UNet and its text encoder."""
 

@@ -28,11 +28,6 @@ STEPS = 2
 COMMON = ("a boat", "--steps", STEPS, "--seed", 5, "--precision", "fp32")
 
 
-@pytest.fixture(autouse=True)
-def no_trimming(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with poster.png and poster.jpg, a mask with two spots, and one of half its size."""
@@ -196,7 +191,7 @@ def test_strips_of_every_kind_of_png_are_its_rows(tmp_path: Path, monkeypatch: p
     rng = np.random.default_rng(1)
     smooth = np.add.outer(np.arange(60), np.arange(47))[..., None] * [1, 2, 3, 4]
     pixels = (smooth + rng.integers(0, 9, smooth.shape)).astype(np.uint8)
-    picture = Image.fromarray(pixels, "RGBA") if "A" in mode else Image.fromarray(pixels[..., :3], "RGB")
+    picture = Image.fromarray(pixels if "A" in mode else pixels[..., :3])
     picture.convert(mode).save(tmp_path / "x.png")
     strips = list(read_strips(tmp_path / "x.png"))
     assert len(strips) == 6

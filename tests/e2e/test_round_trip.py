@@ -66,7 +66,6 @@ def test_every_option_is_in_a_group() -> None:
 def test_a_picture_is_repeated_to_the_byte(
     in_process, tiny: Path, kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str
 ) -> None:
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
     for path in kit.iterdir():
         shutil.copytree(path, tmp_path / path.name) if path.is_dir() else shutil.copy(path, tmp_path)
     for kind in ("MODEL", "VAE", "TEXT_ENCODER", "LORA"):

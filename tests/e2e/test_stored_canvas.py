@@ -52,7 +52,6 @@ def draw(model: Path, folder: Path, *, is_stopped: bool = False, **values: objec
 def test_it_makes_the_bytes_of_a_canvas_in_memory(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, object]
 ) -> None:
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
     whole = draw(tiny, tmp_path / "memory", **values)
     monkeypatch.setattr(planning, "IN_MEMORY_BYTES", 0)
     with pytest.raises(KeyboardInterrupt):

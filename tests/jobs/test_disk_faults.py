@@ -59,7 +59,6 @@ class Disk:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
     monkeypatch.setattr(folder.Job, "due", lambda job: job._begun)
 
 

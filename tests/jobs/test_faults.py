@@ -27,11 +27,6 @@ from tiler.jobs import folder, manifest
 from tiler.memory.process import read_rss
 
 
-@pytest.fixture(autouse=True)
-def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-
-
 def other_weights(model: Path) -> None:
     """Replace the denoiser's file, as a finished download does."""
     (path,) = (model / "unet").glob("*.safetensors")

@@ -33,12 +33,6 @@ def ask(folder: Path, output: Path, **values: Any) -> RenderRequest:
     return RenderRequest(**(defaults | {"model": str(folder), "output": output} | values))
 
 
-@pytest.fixture(autouse=True)
-def _untrimmed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip garbage collection, which takes a third of these tests' time."""
-    monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-
-
 def roomy() -> Budget:
     return Budget(read_rss().now + 2_000_000_000)
 

@@ -55,7 +55,7 @@ def test_a_phase_tells_what_its_peak_consists_of() -> None:
         budget.check("now")
         peak, now = budget.peak_rss_bytes, read_rss()
         del block
-    assert use.peak_rss_bytes >= peak >= now.now
+    assert use.peak_rss_bytes > peak - 1e6 and peak > now.now - 1e6  # the kernel counts some pages late
     assert use.anon_bytes == pytest.approx(now.anon, abs=4e6)
     assert use.file_bytes == pytest.approx(now.file, abs=4e6)
     assert use.anon_bytes > 200e6

@@ -32,7 +32,7 @@ from tiler.request import Precision, RenderRequest
 from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
 for precision in Precision.FP32, Precision.INT8:
-    make_plan(fill(RenderRequest(prompt="x", size=256, precision=precision)), Models(family), 10**9)
+    make_plan(fill(RenderRequest(prompt="x", size=64, precision=precision)), Models(family), 10**9)
 print([m for m in ("torch._dynamo", "sympy", "torch.distributed.tensor", "torch.distributed.fsdp") if m in sys.modules])
 import torch._dynamo, diffusers.models.transformers as t
 print(hasattr(torch._dynamo, "optimize"), hasattr(t, "SD3Transformer2DModel"), torch.distributed.is_available())
@@ -136,11 +136,11 @@ print(utils.maybe_allow_in_graph.__module__)
     assert fresh(code).splitlines() == ["True True", "torch._dynamo.decorators"]
 
 
-def test_who_calls_the_library_can_compile(tmp_path: Path) -> None:
+def test_who_calls_the_library_can_compile(tiny: Path, tmp_path: Path) -> None:
     """Only the program leaves out the parts that torch.compile needs."""
     code = f"""
 import sys, tiler, torch
-request = tiler.RenderRequest(prompt="x", output={str(tmp_path / "a.png")!r}, model="mini", width=256, height=256, num_inference_steps=1, guide=False)
+request = tiler.RenderRequest(prompt="x", output={str(tmp_path / "a.png")!r}, model={str(tiny)!r}, width=64, height=64, num_inference_steps=1, guide=False)
 from pathlib import Path
 from dataclasses import replace
 tiler.render(replace(request, output=Path(request.output)))

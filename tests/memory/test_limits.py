@@ -264,7 +264,7 @@ prepare_process({given})
 import torch
 print(torch.get_num_threads())
 """
-    known = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    known = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     env = known if variable is None else known | {"OMP_NUM_THREADS": variable}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env, timeout=120)
     assert int(ran.stdout) == want

@@ -18,13 +18,13 @@ from tiler.weights.rotation import GROUP, can_rotate, rotate_
 from tiler.weights.store import Piece, WeightStore, match_index
 
 
-def packed(weight: Tensor, folder: Path, *, in_blocks: bool) -> dict[str, TensorInfo]:
-    """The index of a packed file with a rotated `w.weight`, as a model has it."""
+def packed(weight: Tensor, folder: Path, *, in_blocks: bool, largest: int = 127) -> dict[str, TensorInfo]:
+    """The index of a packed file with a rotated `w.weight` of integers up to `largest`, as a model has it."""
     save_file({"w.weight": weight}, folder / "plain.safetensors")
     name = frozenset({"w.weight"})
     write_packed(
         folder / "packed.safetensors", "mark", list(name), read_index(folder / "plain.safetensors"),
-        {"w.weight": lambda rows: quantize_rows(rotate_(rows), 127)}, lambda share: None,
+        {"w.weight": lambda rows: quantize_rows(rotate_(rows), largest)}, lambda share: None,
         in_blocks=name if in_blocks else frozenset(), rotated=name,
     )  # fmt: skip
     module = nn.ModuleDict({"w": nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")})

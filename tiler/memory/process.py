@@ -83,13 +83,36 @@ def age(pid: int | None = None) -> float:
 
 
 def children_rss() -> int:
-    """The resident bytes of all child processes, which count under the ceiling."""
+    """The resident bytes of all child processes, which count under the ceiling. Takes 0.05 ms; if the kernel keeps no
+    lists of children, 4 ms for each hundred processes of the machine."""
     total = 0
     with suppress(psutil.Error, OSError):
-        for child in psutil.Process().children(recursive=True):
+        children = _descendants("self") if _lists_children() else _children_by_psutil()
+        for pid in children:
             with suppress(psutil.Error):
-                total += child.memory_info().rss
+                total += psutil.Process(pid).memory_info().rss
     return total
+
+
+@cache
+def _lists_children() -> bool:
+    """Whether the kernel lists the children of each thread."""
+    return Path("/proc/thread-self/children").exists()
+
+
+def _descendants(pid: str) -> list[int]:
+    """The processes that `pid` ("self" or a number) has started, and those that they have started."""
+    found: list[int] = []
+    with suppress(OSError):  # it has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as file:
+                for child in file.read().split():
+                    found += [int(child), *_descendants(child)]
+    return found
+
+
+def _children_by_psutil() -> list[int]:
+    return [child.pid for child in psutil.Process().children(recursive=True)]
 
 
 def trim() -> None:
