@@ -55,8 +55,30 @@ def test_children_that_cannot_be_listed_count_for_nothing(monkeypatch: pytest.Mo
     def refuse(self: psutil.Process, recursive: bool) -> None:
         raise psutil.AccessDenied
 
+    monkeypatch.setattr(process, "_has_children", lambda: True)
     monkeypatch.setattr(psutil.Process, "children", refuse)
     assert process.children_rss() == 0
+
+
+def test_children_count_and_nobody_looks_for_them_where_there_are_none() -> None:
+    """Twenty times a second it would cost a tenth of a core on a machine with a hundred processes."""
+    program = """
+import subprocess, psutil
+from tiler.memory import process
+children = psutil.Process.children
+def find(self, recursive):
+    print("looked")
+    return children(self, recursive=recursive)
+psutil.Process.children = find
+assert process.children_rss() == 0
+with subprocess.Popen(["sleep", "60"]) as child:
+    assert process.children_rss() > 0
+    child.terminate()
+assert child.returncode == -15
+assert process.children_rss() == 0
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "looked\n"), ran.stderr
 
 
 def test_a_machine_without_a_load_average(monkeypatch: pytest.MonkeyPatch) -> None:
