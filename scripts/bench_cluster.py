@@ -4,7 +4,8 @@ python scripts/bench_cluster.py speedup --model FOLDER --size 2048 [--steps 4] [
     seconds of the canvas and of the whole render: one process with one thread; two workers with one thread each; then
     `tiler batch` with two pictures at once on these workers against one process after the other; the bytes of all are
     compared. Wants a quiet machine with two free cores. With --canvas each render ends when its canvas is done, and
-    latents are compared. Other options are those of `tiler render`.
+    latents are compared. With --part only the first or the second of these is measured. Other options are those of
+    `tiler render`.
 python scripts/bench_cluster.py scale [--workers 100] [--tasks 10000] [--side 100000]
     CPU time of a queue's scheduler and of the coordinator for each task, less what both take while nothing happens,
     and their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process,
@@ -129,10 +130,13 @@ def fleet(told: argparse.Namespace, folder: Path) -> Iterator[tuple[object, ...]
             process.wait()
 
 
-def tell(one: dict[str, float], two: dict[str, float], digests: set[str]) -> None:
+def tell_workers(two: dict[str, float]) -> None:
     print(f"two workers × 1 thread: canvas {two['canvas']:.1f} s, whole {two['whole']:.1f} s")
     if two["busy"]:
         print(f"each worker was in a task for {two['busy'] / 2:.1f} s of its canvas")
+
+
+def tell(one: dict[str, float], two: dict[str, float], digests: set[str]) -> None:
     print(f"speed-up: canvas {one['canvas'] / two['canvas']:.2f}×, whole {one['whole'] / two['whole']:.2f}×")
     print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}", flush=True)
 
@@ -144,14 +148,22 @@ def speedup(told: argparse.Namespace) -> None:
         warms_up = not told.brief and not told.cold
         if warms_up:
             Timed(told, folder, "warm-up", *small).wait()  # packs int8 weights
-        alone = Timed(told, folder, "alone")
-        one = alone.wait()
-        print(f"one process × 1 thread: canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s", flush=True)
+        if told.part != "workers":
+            alone = Timed(told, folder, "alone")
+            one = alone.wait()
+            seconds = f"canvas {one['canvas']:.1f} s, whole {one['whole']:.1f} s"
+            print(f"one process × 1 thread: {seconds}, bytes {alone.digest()}", flush=True)
+            if told.part == "alone":
+                return
         with fleet(told, folder) as through:
             if warms_up:
                 Timed(told, folder, "warm-up-2", *small, *through).wait()
             both = Timed(told, folder, "both", *through)
             two = both.wait()
+            tell_workers(two)
+            if told.part == "workers":
+                print(f"bytes {both.digest()}")
+                return
             tell(one, two, {alone.digest(), both.digest()})
             if told.brief or told.canvas:
                 return
@@ -315,6 +327,7 @@ def main() -> None:
     one.add_argument("--worker-ram", default="800MB")
     one.add_argument("--canvas", action="store_true", help="end each render when its canvas is done")
     one.add_argument("--cold", action="store_true", help="no runs to warm up")
+    one.add_argument("--part", choices=("alone", "workers"), help="measure nothing else")
     one.add_argument("--brief", action="store_true", help="neither runs to warm up nor a queue")
     one.set_defaults(run=speedup)
     two = commands.add_parser("scale")

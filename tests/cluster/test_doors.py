@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import threading
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -232,8 +233,10 @@ def test_a_job_is_opened_before_its_prompts_are_known(job: SharedJob, monkeypatc
             assert not hello(job).refusal and planned == ["job"] and list(bench.jobs) == ["job"]
             tasks.open_ahead(replace(job, name="b").to_bytes())
             assert planned == ["job"], "it works"
+            other = replace(job, name="c", request=replace(job.request, attention_window=8)).to_bytes()
+            assert Greeting.from_json(tasks.open_ahead(other)).is_taken, "no prompts are sent to be refused"
             tasks.close("job")
-            tasks.open_ahead(replace(job, name="c", request=replace(job.request, attention_window=8)).to_bytes())
+            tasks.open_ahead(other)
             tasks.close("job")
             assert bench.facts()["job"] == "c"
             assert not hello(job).refusal and planned == ["job", "c", "job"] and list(bench.jobs) == ["job"]
@@ -257,6 +260,36 @@ class FakeDecoder:
 
     def close(self) -> None:
         self.is_open = False
+
+
+def test_a_worker_imports_the_lean_torch_before_it_reads_a_job(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading it imports torch, and 20 MB more unless the bench has done so."""
+    done, read = list[str](), SharedJob.from_bytes
+
+    def opener() -> Bench:
+        done.append("bench")
+        return Bench(Budget("1GB"), {})
+
+    monkeypatch.setattr(SharedJob, "from_bytes", lambda data: done.append("job") or read(data))
+    monkeypatch.setattr(Bench, "open_ahead", lambda bench, job: None)
+    tasks.begin(opener, 10**9)
+    assert not Greeting.from_json(tasks.open_ahead(job.to_bytes())).refusal
+    assert done == ["bench", "job"]
+
+
+def test_a_job_is_read_without_a_copy_of_the_whole(job: SharedJob) -> None:
+    large = {text: Prompt(torch.rand(1, 1000, 1000), torch.rand(1, 10)) for text in ("a boat", None)}
+    data = np.frombuffer(replace(job, texts=large).to_bytes(), np.uint8)
+    tracemalloc.start()
+    try:
+        found = SharedJob.from_bytes(data.data)
+        assert data.nbytes < tracemalloc.get_traced_memory()[1] < 1.2 * data.nbytes
+    finally:
+        tracemalloc.stop()
+    assert (found.name, found.texts.keys()) == (job.name, large.keys())
+    for text, prompt in large.items():
+        same = zip(found.texts[text], prompt, strict=True)
+        assert all(one is not None and other is not None and torch.equal(one, other) for one, other in same)
 
 
 def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,10 +349,13 @@ def test_the_connection_is_in_the_plan_of_every_phase_until_the_picture(tiny: Pa
 
     def counted(where: str) -> dict[str, int]:
         run = start(ask(tiny, cluster=where, **said), Budget("8GB"), lambda event: None)
-        terms = [(phase.name, term) for phase in run.plan.memory.phases for term in phase.terms]
-        (prompts,) = (term.nbytes for name, term in terms if (name, term.name) == ("encode prompts", "prompts"))
+        terms = {(phase.name, term.name): term.nbytes for phase in run.plan.memory.phases for term in phase.terms}
+        prompts = terms["encode prompts", "prompts"]
         sent[:] = [SENT_PROMPTS * prompts]
-        return {name: term.nbytes for name, term in terms if term.name == "cluster"}
+        (canvas,) = ceilings.plan_of_worker(run, 8 * 10**9).memory.phases
+        (of_worker,) = (term.nbytes for term in canvas.terms if term.name == "prompts")
+        assert of_worker == terms["canvas", "prompts"] + prompts, "as they arrived, and as they are used"
+        return {name: nbytes for (name, what), nbytes in terms.items() if what == "cluster"}
 
     found = counted("listen:127.0.0.1:9")
     assert set(found) == {"encode prompts", "guide", "guide picture", "canvas"}

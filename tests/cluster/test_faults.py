@@ -20,7 +20,7 @@ import pytest
 
 from tests.cluster import stub
 from tests.cluster.conftest import Drawn, Fleet, draw, free_port, open_fleet
-from tiler import events
+from tiler import events, phases
 from tiler.cluster import engine, members, pool, run
 from tiler.errors import NumericalError
 
@@ -93,6 +93,25 @@ def test_when_all_workers_are_gone_this_process_goes_on_and_takes_who_comes(
     drawn = draw(tiny, tmp_path, at_a_third(lambda: stubs.end("a")), **stubs.through)
     assert same(drawn, alone)
     assert "no worker is left: this process predicts alone" in drawn.notes and set(drawn.workers) == {"a", "c"}
+
+
+def test_workers_are_greeted_again_if_that_fails_while_the_guide_is_made(
+    stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, failed = members.Members.take, threading.Event()
+
+    def fail(self: members.Members, *answer: object) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            return take(self, *answer)  # type: ignore[arg-type]
+        failed.set()
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(members.Members, "take", fail)
+    monkeypatch.setattr(phases, "make_guide", lambda *run: None if failed.wait(30) else pytest.fail("nobody came"))
+    stubs.start_stubs("a")
+    drawn = draw(tiny, tmp_path, **stubs.through)
+    assert same(drawn, alone) and set(drawn.workers) == {"a"}
+    assert "greeting workers ahead failed (out of order): they are greeted again" in drawn.notes
 
 
 def test_with_cluster_only_it_waits_for_workers(

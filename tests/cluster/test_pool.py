@@ -204,24 +204,33 @@ def test_a_worker_that_does_not_take_the_prompts_keeps_none_waiting(monkeypatch:
     assert set(scheduler.done["a"] + scheduler.done["b"]) == set(range(TILES)) and not scheduler.done["deaf"]
 
 
-def test_an_error_while_workers_are_greeted_ahead_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers that came with it are, so nobody may go on as if they were still to come."""
-    scheduler = Scheduler(a=good)
-    who = Members(scheduler, Probe("job", b"", b"", 0, tile(PROBE)), lambda text: None, None)  # type: ignore[arg-type]
-    taken = threading.Event()
+def test_at_most_two_copies_of_the_prompts_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan counts no more, however many workers do not take them."""
+    monkeypatch.setattr(members, "_LONG", 0.0)
+    scheduler = Scheduler(a=good, b=good, c=good, d=good)
+    scheduler.deaf |= {"b", "c", "d"}
+    assert not run(scheduler, patience=1e9).local.numbers
+    assert sum(task is tasks.open_job and name in scheduler.deaf for name, task in scheduler.asked) == 2
 
-    def take(*answer: object) -> bool:
-        taken.set()
-        raise AssertionError("broken")
 
-    monkeypatch.setattr(who, "take", take)
+def test_an_error_while_workers_open_the_model_ahead_keeps_none_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again at the next look."""
+    scheduler, told = Scheduler(a=good), threading.Event()
+    present = scheduler.members
+    errors = [RuntimeError("no answer")]
+
+    def find() -> dict[str, str]:
+        if errors:
+            raise errors.pop()
+        return present()
+
+    monkeypatch.setattr(scheduler, "members", find)
+    monkeypatch.setattr(scheduler, "tell", lambda *said: told.set())
+    monkeypatch.setattr("tiler.cluster.early._LOOK_EVERY", 0.01)
     early = Early(scheduler, b"")  # type: ignore[arg-type]
-    early.check()
-    early.greet(who)
-    assert taken.wait(30)
+    assert told.wait(30)
     early.end()
-    with pytest.raises(AssertionError, match="broken"):
-        early.check()
+    assert early.told == {"a"} and early.error is None
 
 
 @pytest.mark.parametrize(("shape", "most"), [((4, 64, 64), 32), ((16, 64, 64), 8), ((16, 256, 256), 1)])

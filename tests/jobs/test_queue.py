@@ -339,16 +339,18 @@ def test_a_row_that_cannot_be_planned_leaves_the_cluster_to_the_next(
 def test_a_scheduler_that_cannot_start_ends_the_queue_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended: list[str] = []
+    """It is started before the first row is planned, and told of the plan."""
+    begun, ended, told = list[str](), list[str](), list[tuple[str, int]]()
 
     @contextmanager
-    def asking(module: str, asked: dict[str, Any]) -> Iterator[str]:
+    def asking(module: str, asked: dict[str, Any] | None = None) -> Iterator[str]:
+        begun.append(module)
         yield module
         ended.append(module)
 
     def answer(module: str) -> dict[str, Any]:
         if module == "tiler.cli.shares":
-            return {"most": 2, "room_bytes": 900, "worker_bytes": 0, "is_hosted": True}
+            return {"most": 2, "room_bytes": 900, "worker_bytes": 7, "is_hosted": True}
         assert list((tmp_path / "t").iterdir())
         raise supervise._Refused("the port is in use", 12)
 
@@ -356,6 +358,7 @@ def test_a_scheduler_that_cannot_start_ends_the_queue_and_leaves_nothing(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "t"))
     monkeypatch.setattr(supervise, "_asking", asking)
     monkeypatch.setattr(supervise, "_answer", answer)
+    monkeypatch.setattr(supervise, "_ask", lambda module, asked: told.append((module, asked["worker_bytes"])))
     spec = supervise.Spec(root=".", results="r", file="q", max_ram_bytes=CEILING, cluster="listen:127.0.0.1:1")
     played = Played()
     with ExitStack() as stack:
@@ -364,13 +367,14 @@ def test_a_scheduler_that_cannot_start_ends_the_queue_and_leaves_nothing(
             play(played, tmp_path, [row(tmp_path, 1), row(tmp_path, 2)], monkeypatch, together=together)
         assert not list((tmp_path / "t").iterdir())
     assert (caught.value.exit_code, played.order, ended) == (12, [], ["tiler.cli.shares"])
+    assert begun == ["tiler.cli.host", "tiler.cli.shares"] and told == [("tiler.cli.host", 7)]
 
 
 def test_what_no_picture_of_a_command_can_have_ends_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures of `--count` differ in their seeds alone; rows of a batch may differ in size."""
 
     @contextmanager
-    def asking(module: str, asked: dict[str, Any]) -> Iterator[str]:
+    def asking(module: str, asked: dict[str, Any] | None = None) -> Iterator[str]:
         yield module
 
     def refuse(module: str) -> dict[str, Any]:

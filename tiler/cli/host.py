@@ -21,10 +21,10 @@ def main() -> None:
     prepare_signals()
     frugal_allocator()
     try:
+        from tiler.cluster.host import hosted  # takes a second, in which the first row is planned
+
         asked = json.loads(sys.stdin.buffer.readline())
         threads = asked["threads"] or int(os.environ.get("OMP_NUM_THREADS", 0)) or limited_cpus() or os.cpu_count() or 1
-        from tiler.cluster.host import hosted
-
         keys = Path(asked["keys"]) if asked["keys"] else None
         with hosted(
             asked["cluster"], keys, Path(asked["folder"]), asked["worker_bytes"], threads, insecure=asked["insecure"]

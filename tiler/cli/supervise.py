@@ -24,6 +24,7 @@ from tiler.jobs.drawing import NOTED, OWN_BYTES, end, popen
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
 
+_HOSTED = "local", "listen"  # clusters whose scheduler belongs to the queue
 _LEAVING = 30.0  # seconds in which the workers of a queue end
 
 
@@ -163,23 +164,27 @@ def _together(spec: Spec, stack: ExitStack, say: Callable[[str], None], row: Che
         "max_ram_bytes": spec.max_ram_bytes, "words": list(row.words), "cluster": spec.cluster, "keys": spec.keys,
         "insecure": spec.insecure, "threads": spec.threads,
     }  # fmt: skip
-    try:
-        with _asking("tiler.cli.shares", asked) as planner:
-            shares = _answer(planner)
-    except _Refused as error:
-        if spec.is_batch:
-            raise
-        raise NoCluster(str(error), error.exit_code) from error  # the other pictures differ in their seeds alone
     words = ["--log-json"]
-    if shares["is_hosted"]:
-        with ExitStack() as starting:  # what has started ends at once if the rest cannot
+    with ExitStack() as starting:  # what has started ends at once if the rest cannot
+        process: subprocess.Popen[bytes] | None = None
+        if spec.cluster.partition(":")[0] in _HOSTED:  # it imports dask while the row is planned
             asked |= {"folder": starting.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-"))}
-            asked |= {"worker_bytes": shares["worker_bytes"]}
+            process = starting.enter_context(_asking("tiler.cli.host"))
+        try:
+            with _asking("tiler.cli.shares", asked) as planner:
+                shares = _answer(planner)
+        except _Refused as error:
+            if spec.is_batch:
+                raise
+            raise NoCluster(str(error), error.exit_code) from error  # the other pictures differ in their seeds alone
+        if process is not None:
+            _ask(process, asked | {"worker_bytes": shares["worker_bytes"]})
             try:
-                host = _answer(starting.enter_context(_asking("tiler.cli.host", asked)))
+                host = _answer(process)
             except _Refused as error:
                 raise NoCluster(str(error), error.exit_code) from error
             stack.push(starting.pop_all())
+    if process is not None:
         words += [f"--cluster={host['address']}", *([f"--keys={host['keys']}"] if host["keys"] else [])]
         if not shares["worker_bytes"]:
             say(f"waiting for workers at {host['address']}")
@@ -195,18 +200,17 @@ class _Refused(TilerError):
 
 
 @contextmanager
-def _asking(module: str, asked: dict[str, Any]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a module that is asked a JSON object on a line of its standard input, and ends with its standard input at the
-    latest."""
+def _asking(module: str, asked: dict[str, Any] | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a module that is asked a JSON object on a line of its standard input, now or later by `_ask`, and ends with
+    its standard input at the latest."""
     process = popen(
         [sys.executable, "-m", module, "--json"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     try:
-        with suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(asked).encode() + b"\n")
-            process.stdin.flush()
+        if asked is not None:
+            _ask(process, asked)
         yield process
     except BaseException:
         process.terminate()
@@ -220,6 +224,13 @@ def _asking(module: str, asked: dict[str, Any]) -> Iterator[subprocess.Popen[byt
             process.kill()
             raise
         process.stdout.close()
+
+
+def _ask(process: subprocess.Popen[bytes], asked: dict[str, Any]) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(asked).encode() + b"\n")
+        process.stdin.flush()
 
 
 def _answer(process: subprocess.Popen[bytes]) -> dict[str, Any]:

@@ -108,9 +108,10 @@ class Bench:
     @torch.no_grad()
     def open_ahead(self, job: SharedJob) -> None:
         """Plan a job under the ceiling and open its denoiser before its prompts are known, if nothing else is open.
-        Raises TilerError."""
+        Raises Taken if the jobs that are open leave no place for it, so that its prompts are not sent in vain, and
+        TilerError."""
         self._forget()
-        if self.jobs or self._ahead is not None or self._decoder is not None:
+        if job.name in self.jobs or self._joined(job) or self._ahead is not None or self._decoder is not None:
             return
         run = self._plan(job)
         self._open_weights(run)
@@ -146,15 +147,22 @@ class Bench:
             self._forget()
             if self._decoder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
                 self.close(self._decoder.job)
-            begun = next((opened.run for opened in self.jobs.values()), None)
-            if begun is not None and (len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job))):
-                raise Taken("it works for another render")
-            run = self._plan(job) if begun is None else self._beside(begun, job)
+            run = self._joined(job) or self._plan(job)
         if self._streamer is None:
             self._open_weights(run)
         assert self._streamer is not None
         runner = runner_on(self._streamer, run, Prompts(run.plan.family, job.texts))
         self.jobs[job.name] = _Open(run, runner)
+
+    def _joined(self, job: SharedJob) -> DenoiserRun | None:
+        """Return a run of `job` on the denoiser of the jobs that are open, None if there are none. Raises Taken if it
+        cannot join them."""
+        begun = next((opened.run for opened in self.jobs.values()), None)
+        if begun is None:
+            return None
+        if len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job)):
+            raise Taken("it works for another render")
+        return self._beside(begun, job)
 
     def _forget(self) -> None:
         """Close what nobody has used for long."""

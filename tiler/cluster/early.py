@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tiler.cluster import tasks
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from tiler.cluster.members import Members
 
 _LOOK_EVERY = 0.5  # seconds
+_ANSWER = 0.1  # the same for answers; the canvas may wait for it
 
 
 class Notes:
@@ -35,13 +37,13 @@ class Notes:
 
 class Early:
     """A thread that has each worker open the denoiser of `job`, and, from `greet` on, greets them. Nobody waits for an
-    opening: what keeps a worker from it, its greeting tells."""
+    opening: what keeps a worker from it, its greeting tells. An error in this thread ends no render."""
 
     def __init__(self, engine: Engine, job: bytes) -> None:
         self.told: set[str] = set()  # addresses
         self._engine, self._job = engine, job
         self._members: Members | None = None
-        self._error: Exception | None = None
+        self.error: Exception | None = None  # with which the greeting ended; the answers that came with it are lost
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="early workers", daemon=True)
         self._thread.start()
@@ -51,27 +53,22 @@ class Early:
         self._over.set()
         self._thread.join(at_most)
 
-    def check(self) -> None:
-        """Raise the error that has ended the thread, if one has."""
-        if self._error is not None:
-            raise self._error
-
     def greet(self, members: Members) -> None:
         """Greet workers from now on; until the thread ends, `members` belongs to it."""
         self._members = members
 
     def _run(self) -> None:
+        while self._members is None and not self._over.is_set():
+            with suppress(Exception):  # they open it when they are greeted
+                self._have_them_open()
+            self._over.wait(_LOOK_EVERY)
         try:
-            while not self._over.is_set():
-                if self._members is None:
-                    self._have_them_open()
-                    self._over.wait(_LOOK_EVERY)
-                else:
-                    self._members.look()
-                    for ticket, value, failure in self._engine.answers(_LOOK_EVERY):
-                        self._members.take(ticket, value, failure)
+            while self._members is not None and not self._over.is_set():
+                self._members.look()
+                for ticket, value, failure in self._engine.answers(_ANSWER):
+                    self._members.take(ticket, value, failure)
         except Exception as error:
-            self._error = error
+            self.error = error
 
     def _have_them_open(self) -> None:
         for address in (self._engine.members() or {}).keys() - self.told:

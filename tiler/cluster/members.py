@@ -23,6 +23,7 @@ _LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
 _AGAIN = 10.0  # seconds until a worker that another render has is asked again
 _LOST = 600.0  # seconds to wait for a scheduler that does not answer
 _LONG = 60.0  # seconds after which a large request without an answer no longer keeps others from their turn
+_SENDING = 2  # large requests at a time at most, of which only the last may be that young: the plan counts so many
 _SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
 
 
@@ -204,11 +205,10 @@ class Members:
             self._send(member)
 
     def _next_turn(self) -> None:
-        """Send a large request if no other is under way."""
+        """Send a large request if no other is under way, or only one that takes very long."""
         since = time.monotonic() - _LONG
-        if self._turns and not any(
-            self._requests[m.request].is_large and m.asked > since for m in self._greetings.values()
-        ):
+        sending = [m for m in self._greetings.values() if self._requests[m.request].is_large]
+        if self._turns and len(sending) < _SENDING and all(m.asked <= since for m in sending):
             self._send(self._turns.popleft())
 
     def _send(self, member: Member) -> None:

@@ -118,9 +118,12 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
             stack.callback(leave)
         _note_address(cluster, engine, run)
 
+        def members_of(prompts: Prompts) -> Members:
+            return _members_of(run, replace(opening, texts=prompts.encoded), engine, notes)
+
         @contextmanager
         def greeted(prompts: Prompts) -> Iterator[OpenRunner]:
-            members = _members_of(run, replace(opening, texts=prompts.encoded), engine, notes)
+            members = members_of(prompts)
             early.greet(members)
             yield partial(opened, members)
 
@@ -128,7 +131,9 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
         def opened(members: Members, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
             early.end()
             notes.tell(run.note)
-            early.check()
+            if early.error is not None:
+                run.note(f"greeting workers ahead failed ({early.error}): they are greeted again")
+                members = members_of(prompts)
             members.begin()
             with _open_pool(cluster, run, prompts, members, opening.name) as runner:
                 yield runner

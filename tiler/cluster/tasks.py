@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from tiler.cluster.bench import Bench
 
 
+_NO_WORKER = "is no `tiler worker`"
+
+
 class _Desk:
     """The state of this process, once it has started as a worker. The first job opens `bench`."""
 
@@ -52,7 +55,7 @@ def open_ahead(job: bytes) -> str:
 def open_job(job: np.ndarray) -> str:
     """Open a job, bytes in an array, with its denoiser if `open_ahead` has not. Returns a Greeting without a digest, as
     JSON."""
-    return _opened(job.tobytes(), lambda bench, shared: bench.open(shared))
+    return _opened(job.data, lambda bench, shared: bench.open(shared))
 
 
 def hello(job: str, step: int, window: Window, latents: np.ndarray) -> str:
@@ -72,9 +75,13 @@ def hello_decoder(job: str, statistics: np.ndarray, latents: np.ndarray) -> str:
     return _said(job, lambda bench: bench.greet_decoder(job, statistics.tobytes(), latents))
 
 
-def _opened(job: bytes, open_it: Callable[[Bench, SharedJob], None]) -> str:
+def _opened(job: bytes | memoryview, open_it: Callable[[Bench, SharedJob], None]) -> str:
     """Open a job, or a part of it, on the bench. Returns a Greeting without a digest, as JSON."""
+    if _Desk.opener is None:
+        return Greeting(refusal=_NO_WORKER).to_json()
     try:
+        with _Desk.lock:  # before the job, which would import all of torch
+            _Desk.bench = _Desk.bench or _Desk.opener()
         shared = SharedJob.from_bytes(job)
     except Exception as error:
         return Greeting(refusal=_explained(error)).to_json()
@@ -89,7 +96,7 @@ def _opened(job: bytes, open_it: Callable[[Bench, SharedJob], None]) -> str:
 def _said(job: str, greet: Callable[[Bench], Greeting]) -> str:
     """The bench's greeting, as JSON; if it fails, what the bench opened for the job is closed."""
     if _Desk.opener is None:
-        return Greeting(refusal="is no `tiler worker`").to_json()
+        return Greeting(refusal=_NO_WORKER).to_json()
     with _Desk.lock:
         try:
             _Desk.bench = _Desk.bench or _Desk.opener()
@@ -103,7 +110,7 @@ def _said(job: str, greet: Callable[[Bench], Greeting]) -> str:
 def assess(job: bytes) -> str:
     """Estimate how fast this worker would work on a job, without opening it. Returns an Estimate as JSON."""
     if _Desk.opener is None:
-        return Estimate(refusal="is no `tiler worker`").to_json()
+        return Estimate(refusal=_NO_WORKER).to_json()
     with _Desk.lock:
         try:
             _Desk.bench = _Desk.bench or _Desk.opener()
@@ -151,7 +158,7 @@ def close(job: str) -> None:
 def facts() -> str:
     """Return the facts that `tiler cluster status` shows, as JSON."""
     if _Desk.opener is None:
-        return json.dumps({"error": "is no `tiler worker`"})
+        return json.dumps({"error": _NO_WORKER})
     return json.dumps(dict(_Desk.facts) | {"rss_bytes": read_rss().now} | (_Desk.bench.facts() if _Desk.bench else {}))
 
 

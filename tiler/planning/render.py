@@ -54,7 +54,9 @@ CONNECTIONS_BYTES = (
     16_000_000  # memory of dask's scheduler and client while they work (`scripts/bench_cluster.py scale`)
 )
 JOINED_BYTES = 4_000_000  # the same while workers open the model: 0.5 MB for a client, 2.7 MB for a scheduler with it
-SENT_PROMPTS = 3  # copies of the prompts for workers: to be sent, on their way, and sent but not yet released
+# Copies of the prompts for workers: to be sent; on their way to a worker, and to one that does not answer; and sent but
+# not yet released.
+SENT_PROMPTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +164,8 @@ def plan_render(
         coding = _plan_coding(request, models, tiling, facts, methods, decode_precision, stored=on_disk)
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
+    if tiles_only:  # a worker has them twice: as they arrived, and as they are used
+        others_bytes += prompts.nbytes
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
     clustered, joined, greeting = [], [], []
     if request.cluster is not None and not tiles_only:
