@@ -1,14 +1,14 @@
 """Judge `mini` by drawings that it never saw:
 
     evaluate.py sheet        24 prompts at 256 px as one picture: look at it first
-    evaluate.py posters      canvases of --size, with seams, discs and likeness to the guide
+    evaluate.py posters      canvases of --size, with seams, discs and likeness to the guide; which have a second disc
     evaluate.py attributes   a classifier, trained here in --steps of 48 drawings, reads palette, time of day, terrain,
                              disc (kind, side, count), style and objects from drawings and from generated pictures
     evaluate.py distance     Fréchet distance of the classifier's features: generated against drawn, drawn
                              against drawn
     evaluate.py autoencoder  PSNR of 128-px pieces, whole scenes and crops
-    evaluate.py refine       a drawn 256-px scene, refined at --strength, against the scene drawn as large: power
-                             spectrum by octave
+    evaluate.py refine       a drawn 256-px scene, refined at --strength, against the scene drawn as large: seams and
+                             power spectrum by octave; both pictures side by side, as large as they are
 
 All judge the folder --model, by default the embedded one. `tiler.toml` in tiler/models/mini gives guidance.
 """
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=0.5, help="for refine")
     parser.add_argument("--seed", type=int, default=0, help="for sheet and posters")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
-    parser.add_argument("--out", type=Path, default=Path("sheet.png"), help="for sheet and posters: .png or .jpg")
+    parser.add_argument(
+        "--out", type=Path, default=Path("sheet.png"), help="for sheet, posters and refine: .png or .jpg"
+    )
     args = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in train.py
     run(args)

@@ -46,18 +46,27 @@ def sheet(settings: Settings) -> None:
 
 def posters(settings: Settings) -> None:
     classifier = trained_classifier(settings.workshop, settings.steps)
-    pictures, rng = [], np.random.default_rng(6)
+    pictures, more, rng = [], [], np.random.default_rng(6)
     for k in range(settings.count or 4):
         prompt = caption(art.compose(_POSTER_SEEDS + k), rng, keep=1.0)
         found = judge_poster(settings.model, prompt, settings.width, settings.height, settings.seed + k, classifier)
-        pictures.append(found.picture)
+        pictures.append(_thumbnail(found.picture, 512))  # fifty canvases would take 600 MB
+        if found.discs > 1:
+            more.append(k)
         low, high = found.seams.elsewhere
         print(
-            f"{prompt}\n   seams {found.seams.borders:.2f} (elsewhere {low:.2f}–{high:.2f}), "
+            f"{k:2} {prompt}\n   seams {found.seams.borders:.2f} (elsewhere {low:.2f}–{high:.2f}), "
             f"likeness to the guide {found.likeness:.3f}, discs {found.discs}",
             flush=True,
         )
-    page(pictures, columns=2, side=512).save(settings.out)
+        page(pictures, columns=2 if len(pictures) <= 4 else 10, side=512).save(settings.out)
+    print(f"second discs in {len(more)} of {len(pictures)}: {more}")
+
+
+def _thumbnail(picture: np.ndarray, side: int) -> np.ndarray:
+    image = Image.fromarray(picture)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(image)
 
 
 def attributes(settings: Settings) -> None:
@@ -115,11 +124,18 @@ def autoencoder(settings: Settings) -> None:
 
 
 def refine(settings: Settings) -> None:
+    pictures = []
     for k in range(settings.count or 4):
-        prompt, octaves = compare_refined(settings.model, k, settings.width, settings.strength)
-        print(f"{prompt}\n   wavelength, px: refined and Lanczos against the drawing")
-        for wavelength, (refined, lanczos) in octaves.items():
+        found = compare_refined(settings.model, k, settings.width, settings.strength)
+        pictures += [found.picture, found.drawn]
+        low, high = found.seams.elsewhere
+        print(
+            f"{found.prompt}\n   seams {found.seams.borders:.2f} (elsewhere {low:.2f}–{high:.2f})\n"
+            "   wavelength, px: refined and Lanczos against the drawing"
+        )
+        for wavelength, (refined, lanczos) in found.octaves.items():
             print(f"   {wavelength:7.0f}: {refined:+5.1f} dB  {lanczos:+5.1f} dB", flush=True)
+    page(pictures, columns=2, side=settings.width).save(settings.out)
 
 
 JUDGES: dict[str, Callable[[Settings], None]] = {

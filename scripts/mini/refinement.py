@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import art
 import numpy as np
 from captions import caption
+from inner import tile_borders
 from pictures import rendered
 from PIL import Image
 from pool import HELD_OUT, SIDE
+from posters import Seams, find_seams
 
 _SEEDS = HELD_OUT + 7_000
 
 
-def compare_refined(model: Path, k: int, size: int, strength: float) -> tuple[str, dict[float, tuple[float, float]]]:
-    """The prompt; and by wavelength in px of `size`, halved at each step, how much more power than the drawing (dB)
-    there is in its 256-px view refined at `strength`, and in the same view enlarged by Lanczos."""
+class Refined(NamedTuple):
+    prompt: str
+    octaves: dict[float, tuple[float, float]]  # by wavelength in px, halved at each step: dB, refined and Lanczos
+    seams: Seams
+    picture: np.ndarray  # (size, size, 3) uint8
+    drawn: np.ndarray  # the same scene, drawn as large
+
+
+def compare_refined(model: Path, k: int, size: int, strength: float) -> Refined:
+    """How much more power than a drawing of `size` there is in its 256-px view refined at `strength`, and in the same
+    view enlarged by Lanczos."""
     scene = art.compose(_SEEDS + k)
     prompt = caption(scene, np.random.default_rng(k), keep=1.0)
     small = Image.fromarray(art.draw(scene, None, SIDE, SIDE).pixels)
@@ -25,14 +36,11 @@ def compare_refined(model: Path, k: int, size: int, strength: float) -> tuple[st
         guide = Path(folder) / "guide.png"
         small.save(guide)
         refined = rendered(model, prompt, size, size, k, guide_image=guide, strength=strength)
-    drawn = power(art.draw(scene, None, size, size).pixels)
-    lanczos = power(np.asarray(small.resize((size, size), Image.Resampling.LANCZOS)))
-    return prompt, {
-        wavelength: tuple(
-            10 * np.log10(max(1e-12, p[wavelength]) / max(1e-12, drawn[wavelength])) for p in (power(refined), lanczos)
-        )
-        for wavelength in drawn
-    }
+    drawn = art.draw(scene, None, size, size).pixels
+    lanczos = np.asarray(small.resize((size, size), Image.Resampling.LANCZOS))
+    want, *found = (power(picture) for picture in (drawn, refined, lanczos))
+    octaves = {w: tuple(10 * np.log10(max(1e-12, p[w]) / max(1e-12, want[w])) for p in found) for w in want}
+    return Refined(prompt, octaves, find_seams(refined, *tile_borders(str(model), size, size)), refined, drawn)
 
 
 def power(picture: np.ndarray) -> dict[float, float]:

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(tiler.__file__).parents[1] / "scripts/mini"))
 
 import art  # noqa: E402
 import captions  # noqa: E402
+import judges  # noqa: E402
 from pool import Pool, choose_view, shares_of  # noqa: E402
 
 
@@ -270,6 +271,57 @@ def test_a_seam_stands_out_from_lines_beside_it() -> None:
     picture[:, 384:] -= 4
     torn = find_seams(picture, lines, lines)
     assert torn.borders > torn.elsewhere[1] > torn.elsewhere[0]
+
+
+def test_posters_name_the_canvases_with_a_second_disc(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from posters import Poster, Seams
+
+    discs = iter([1, 2, 0])
+    grey = np.full((40, 60, 3), 128, np.uint8)
+    monkeypatch.setattr(judges, "trained_classifier", lambda *_: None)
+    monkeypatch.setattr(judges, "judge_poster", lambda *_: Poster(grey, Seams(1.0, (0.9, 1.1)), 1.0, next(discs)))
+    judges.posters(settings_of(tmp_path, count=3))
+    assert capsys.readouterr().out.endswith("second discs in 1 of 3: [1]\n")
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 512, 2 * 512)
+
+
+def test_refining_is_judged_against_the_drawing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A render that only enlarged its guide would have Lanczos's spectrum: less than the drawing's where it is fine."""
+    import refinement
+
+    def enlarged(model: Path, prompt: str, width: int, height: int, seed: int, **asked: object) -> np.ndarray:
+        assert asked["strength"] == 0.5
+        guide = Image.open(str(asked["guide_image"]))
+        return np.asarray(guide.resize((width, height), Image.Resampling.LANCZOS))
+
+    monkeypatch.setattr(refinement, "rendered", enlarged)
+    judges.refine(settings_of(tmp_path, count=1))
+    _, seams, _, *octaves = capsys.readouterr().out.splitlines()
+    assert "seams" in seams
+    loss = {float(w): (float(a), float(b)) for w, a, _, b, _ in (line.replace(":", "").split() for line in octaves)}
+    assert all(refined == lanczos for refined, lanczos in loss.values())
+    assert loss[2.0][0] < -3 < loss[32.0][0] < 3
+    assert Image.open(tmp_path / "sheet.png").size == (1024, 512), "the refined one and the drawing"
+
+
+def settings_of(folder: Path, count: int) -> judges.Settings:
+    from workshop import Workshop
+
+    return judges.Settings(
+        model=FOLDER,
+        workshop=Workshop(work=folder),
+        steps=1,
+        count=count,
+        width=512,
+        height=512,
+        strength=0.5,
+        seed=0,
+        out=folder / "sheet.png",
+    )
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
