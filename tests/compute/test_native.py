@@ -220,15 +220,19 @@ def test_int8_weights_that_stay_in_memory_are_multiplied_there_and_planned_once(
         assert len(list(prefer[0].prepare(store, op, (1, 12, 96), place))) == 1
         assert place.room(1, torch.int8).data_ptr() == first  # it takes none of the arena
 
-    def planned(*, in_place: bool) -> int:
-        module = make().to("meta")
-        streamer = Streamer(None, int8_keys=frozenset([name]), prefer=prefer, in_place=in_place)
+    def planned(*, in_place: bool, rank: int = 0) -> int:
+        module, ranks = make().to("meta"), {name: rank} if rank else {}
+        streamer = Streamer(None, int8_keys=frozenset([name]), prefer=prefer, in_place=in_place, ranks=ranks)
         stream_layers(module, streamer)
         with MetaMeter() as meter:
             streamer.run(module, [(torch.empty(1, 12, 96, device="meta"),)])
         return meter.peak_bytes
 
     assert planned(in_place=False) - planned(in_place=True) == 48 * 96
+    # A low-rank path is held in both cases: values, a scale and a sum of each row, and the lines of 12 tokens.
+    for in_place in (False, True):
+        more = planned(in_place=in_place, rank=20) - planned(in_place=in_place)
+        assert more == 32 * (48 + 96) + 8 * (32 + 48) + 12 * (4 * 32 + 32 + 4)
 
 
 def test_blocks_are_read_back() -> None:

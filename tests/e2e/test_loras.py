@@ -123,7 +123,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
 
 
 def test_beside_int8_weights_a_lora_does_what_it_does_in_fp32(made: Made, tmp_path: Path) -> None:
-    """Its change is exact; only the weights are rounded. LoHa and its kin are packed with the weights."""
+    """Its factors are rounded like the weights. LoHa and its kin are packed with the weights."""
     torch.manual_seed(2)
     hada = {}
     for path in layers_of(made.pipe.unet, every=2):

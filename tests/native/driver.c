@@ -68,10 +68,11 @@ int main(int count, char **arguments) {
     void **array = calloc((size_t)arrays, sizeof *array);
     for (int64_t i = 0; i < arrays; i++) array[i] = get(file, (size_t)number(file));
     int64_t pointers = number(file);
-    int64_t *places = get(file, (size_t)pointers * 3 * sizeof *places);  // where in the struct, which array, where in it
+    int64_t *places = get(file, (size_t)pointers * 3 * sizeof *places);  // where in the struct, which array (-1: the struct), where in it
     char *fields = get(file, (size_t)number(file));
     for (int64_t i = 0; i < pointers; i++) {
-      const char *p = (const char *)array[places[3 * i + 1]] + places[3 * i + 2];
+      const char *p = places[3 * i + 1] < 0 ? fields : (const char *)array[places[3 * i + 1]];
+      p += places[3 * i + 2];
       memcpy(fields + places[3 * i], &p, sizeof p);
     }
     fclose(file);

@@ -51,13 +51,15 @@ every_set = pytest.mark.parametrize("lib", LIBRARIES, ids=lambda lib: lib.isa)
 
 
 class Case(NamedTuple):
-    """A call: its struct, the tensors that it points to, the index of the result, and the expected result."""
+    """A call: its struct, the tensors that it points to, the result among them, the expected result, and the struct of
+    the product beside it."""
 
     call: Any
     tensors: tuple[Tensor, ...]
     out: Tensor
     want: Tensor
     tolerance: float
+    beside: Product | None = None
 
     def run(self, lib: Library, threads: int = 2) -> Tensor:
         getattr(lib, OPERATIONS[type(self.call)])(self.call, threads)
@@ -124,9 +126,10 @@ def inputs_of(kind: Kind, *shape: int) -> Tensor:
 
 def linear(
     kind: Kind, rows: int, inputs: int, outputs: int, *, act: Activation = Activation.NONE,
-    out_type: Type = Type.FP32, more: bool = True, apart: int = 0, gated: bool = False,
+    out_type: Type = Type.FP32, more: bool = True, apart: int = 0, gated: bool = False, rank: int = 0,
 ) -> Case:  # fmt: skip
-    """`more`: a bias and a residual. `apart`: lanes between rows. `gated`: the second half of the outputs are gates."""
+    """`more`: a bias and a residual. `apart`: lanes between rows. `gated`: the second half of the outputs are gates.
+    `rank`: inputs of a product beside it."""
     torch.manual_seed(rows + inputs + outputs)
     weight, factor, packed, sums = weights_of(kind, outputs, inputs)
     x, scale, zero = inputs_of(kind, rows, inputs), torch.rand(rows) / 50 + 0.01, torch.tensor([128], dtype=torch.int32)
@@ -135,6 +138,9 @@ def linear(
     width = outputs // 2 if gated else outputs
     bias, residual = (torch.randn(outputs), torch.randn(rows, width)) if more else (None, None)
     want = real @ (weight.double() * factor.double()[:, None]).T
+    if rank:
+        beside = linear(kind, rows, rank, outputs, more=False, apart=2 * apart)
+        want += beside.want
     want = activated(want if bias is None else want + bias, act, gated)
     want = want if residual is None else want + residual
     out = torch.full((rows, width), 99.0).to(DTYPES[out_type])
@@ -149,6 +155,13 @@ def linear(
         call.gate_scale, call.gate_sum = address(factor[width:]), address(sums[width:])
         call.gate_bias = None if bias is None else address(bias[width:])
     tensors = [t for t in (a, packed, factor, sums, scale, zero, bias, residual, out) if t is not None]
+    if rank:
+        low, (_, packed, factor, sums, *_) = beside.call, beside.tensors
+        low.outputs, call.beside = width, ctypes.addressof(low)
+        if gated:
+            low.gate_weights = address(packed[width // 16 :])
+            low.gate_scale, low.gate_sum = address(factor[width:]), address(sums[width:])
+        return Case(call, (*tensors, *beside.tensors), out, want, 2e-6, low)
     return Case(call, tuple(tensors), out, want, 4e-3 if out_type is Type.BF16 else 2e-6)
 
 
@@ -318,6 +331,10 @@ def products(lib: Library) -> Iterator[Case]:
         yield convolution(kind, 2, (11, 10), 140, 33, 3, 1)
         yield convolution(kind, 2, (5, 5), 24, 16, 1, 1)
         yield scattered(kind)
+    for rank, rows, outputs in ((1, 7, 33), (4, 12, 64), (20, 101, 160), (128, 3, 17)):
+        yield linear(Kind.INT8, rows, 516, outputs, act=Activation.SILU, apart=rows % 2, rank=rank)
+    for rank, outputs in ((4, 96), (20, 320), (1, 160)):
+        yield linear(Kind.INT8, 25, 70, outputs, act=Activation.GELU, gated=True, rank=rank)
 
 
 def scattered(kind: Kind) -> Case:
@@ -431,6 +448,7 @@ def cases(lib: Library) -> list[Case]:
             for kind in kinds(lib)
             for gated in (False, True)
         ),
+        linear(Kind.INT8, 203, 260, 160, gated=True, rank=20),
         convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
         tokens(203, 96, Type.UINT8, norm=True),
         tokens(67, 192, Type.UINT8, norm=True, rotated=True),

@@ -240,6 +240,10 @@ class Kernel(ABC):
         """The size of the prepared weights."""
         return 4 * op.group.numel if op.weights else 0
 
+    def beside_bytes(self, op: Op) -> int:
+        """The part of `held_bytes` that is held even if the weights stay in memory: low-rank paths."""
+        return 0
+
     def transient_bytes(self, op: Op, shape: Shape | None) -> int:
         """The memory needed in addition while the weights are being prepared."""
         return 0

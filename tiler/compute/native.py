@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.compute import cpu
+from tiler.compute import cpu, shapes
 from tiler.compute.kernels import (
-    Group,
     Input,
     Kernel,
     Kind,
@@ -35,8 +34,18 @@ from tiler.compute.kernels import (
     weight_pieces,
 )
 from tiler.compute.native_inputs import Quantized, address, needed_library, quantize_images, quantize_tokens
+from tiler.compute.native_low_rank import (
+    Beside,
+    Weights,
+    factor_bytes,
+    factors,
+    product_beside,
+    rank_of,
+    sums_of,
+    way_down,
+)
 from tiler.compute.onednn import Geometry
-from tiler.compute.steps import activated, add_low_rank, add_product, finished, made_input, product
+from tiler.compute.steps import finished, made_input
 from tiler.compute.tuning import KERNELS_OF
 from tiler.native import library
 from tiler.native.library import Activation, Type
@@ -44,16 +53,13 @@ from tiler.weights.blocks import INPUTS, OUTPUTS, blocked, can_block
 from tiler.weights.store import Piece, WeightStore
 
 MOST_INPUTS = 2**31 // (255 * 127)  # a sum of products fits 32 bits
-# Tokens of a GLU with low-rank paths at a time. With 64, which fit a smaller cache, the weights are read too often.
-_TOKENS = 512
 
 
 class Made(NamedTuple):
-    """The result of `begin`: the quantised input, its shape, and the fp32 input if a low-rank path needs it."""
+    """The result of `begin`: the quantised input and its shape."""
 
     input: Quantized
     shape: tuple[int, ...]
-    whole: Tensor | None
 
 
 def reads_blocks() -> bool:
@@ -77,7 +83,10 @@ class NativeInt8(Kernel):
         return plain and whole and op.weights.row <= MOST_INPUTS
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
-        return op.group.numel
+        return op.group.numel + self.beside_bytes(op)
+
+    def beside_bytes(self, op: Op) -> int:
+        return factor_bytes(op.group.weights)
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
         pieces = _planned(op, place) if store is None else _fetched(store, op, place)
@@ -85,8 +94,7 @@ class NativeInt8(Kernel):
 
     def begin(self, op: Op, x: Operands) -> Operands:
         shape, made_of, parts = input_shape(op, x.parts), op.input, x.parts
-        low_rank = any(weight.low_rank is not None for weight in op.group.weights)
-        if low_rank or not is_fused(op):
+        if not is_fused(op):
             parts, made_of = (made_input(made_of, parts),), Input()
         if op.geometry is None:
             made = quantize_tokens(parts[0], made_of.norm, rotated=op.group.rotated)
@@ -95,7 +103,7 @@ class NativeInt8(Kernel):
         else:
             silu = made_of.activation is not None
             made = quantize_images(parts, op.geometry.padding, made_of.norm, silu=silu, each_place=is_of_pixels(op))
-        return x._replace(parts=(), made=Made(made, shape, parts[0] if low_rank else None))
+        return x._replace(parts=(), made=Made(made, shape))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         made: Made = x.made
@@ -103,19 +111,16 @@ class NativeInt8(Kernel):
             outs: tuple[Tensor, ...] = (empty_result(op, made, halves[0].outputs),)
         else:
             outs = tuple(empty_result(op, made, weight.outputs) for weight in op.group.weights)
-        if halves is not None and made.whole is not None:
-            _multiply_gated(op, made, prepared, outs[0])
-            return outs if x.residual is None else (outs[0].add_(x.residual),)
-        after = None if made.whole is not None else activation_of(op.epilogue.activation)
+        after = activation_of(op.epilogue.activation)
         fused = halves is not None or (after is not None and not op.epilogue.glu)
         residual = residual_like(outs[0], x.residual) if fused else None
+        beside: Beside | None = None
         for piece in prepared:
-            _multiply(op, made, piece, outs[piece.weight], after if fused else Activation.NONE, residual)
-        if fused:
-            return outs
-        if made.whole is not None:
-            add_low_rank(op, made.whole, outs)
-        return finished(op.epilogue, outs, x.residual)
+            if piece.last == 0:
+                beside = _narrowed(op, made, piece)
+                continue
+            _multiply(op, made, piece, outs[piece.weight], after if fused else Activation.NONE, residual, beside)
+        return outs if fused else finished(op.epilogue, outs, x.residual)
 
 
 def activation_of(module: nn.Module | None) -> Activation | None:
@@ -175,19 +180,30 @@ def together(op: Op) -> list[tuple[int, tuple[Weight, ...]]]:
     return [(0, halves)] if halves is not None else [(i, (weight,)) for i, weight in enumerate(op.group.weights)]
 
 
+def _owners(op: Op, number: int) -> Weights:
+    """The weights whose low-rank paths are beside result `number`."""
+    return op.group.weights if gated(op) is not None else op.group.weights[number : number + 1]
+
+
 def _planned(op: Op, place: Place) -> Iterator[Prepared]:
     for number, weights in together(op):
+        beside = weights[0].meta.new_empty(0 if place.stays else factor_bytes(_owners(op, number)), dtype=torch.int8)
+        if rank_of(_owners(op, number)):
+            yield Prepared(0, 0, (), number)
         most = min(weights[0].outputs, step_rows(None, weights[0].row * len(weights)))
         count = 0 if place.stays else most * len(weights)
         planned = weights[0].meta.new_empty(count * weights[0].row, dtype=torch.int8)
         yield Prepared(0, weights[0].outputs, (), number)
-        del planned
+        del planned, beside
 
 
 def _fetched(store: WeightStore, op: Op, place: Place) -> Iterator[Prepared]:
     """Yield each weight, complete if it stays, else in pieces: values, scales and sums of its outputs, followed by
-    those of its gates. Resident weights take no room in `place`."""
+    those of its gates. Resident weights take no room in `place`. A low-rank path, whose factors take none either, comes
+    before its weights."""
     for number, weights in together(op):
+        if rank_of(_owners(op, number)):
+            yield factors(_owners(op, number), number, rotated=op.group.rotated)
         outputs, row = weights[0].outputs, weights[0].row
         step = outputs if place.stays else step_rows(store, row * len(weights))
         for first in range(0, outputs, step):
@@ -225,11 +241,7 @@ def _sums(store: WeightStore, piece: Piece, rows: Tensor) -> Tensor:
     """The sum of each output's values, (outputs,) int32, computed in the first pass and cached."""
     known = store.sums.get(piece)
     if known is None:
-        known = torch.empty(len(rows), dtype=torch.int32)
-        lanes = rows[0].numel() // INPUTS
-        call = library.Sums(rows.data_ptr(), len(rows) // OUTPUTS, lanes, known.data_ptr())
-        needed_library().sums(call, torch.get_num_threads())
-        store.sums[piece] = known
+        known = store.sums[piece] = sums_of(rows, len(rows))
     return known
 
 
@@ -246,9 +258,25 @@ def residual_like(out: Tensor, residual: Tensor | None) -> Tensor | None:
     return None if residual is None else residual.contiguous(memory_format=layout)
 
 
+def _narrowed(op: Op, made: Made, path: Prepared) -> Beside:
+    """Compute the way down of a low-rank path."""
+    owners = _owners(op, path.weight)
+    down = way_down(op, rank_of(owners))
+    lines = empty_result(down, made, down.group.shape[0])
+    if lines.is_meta:
+        shapes.count(down.flops(made.shape), linear=op.kind is Kind.LINEAR)
+        shapes.count(2 * lines.numel() * sum(weight.outputs for weight in owners), linear=True)
+        up: tuple[Tensor, ...] = (lines, lines, lines)
+    else:
+        _multiply(down, made, Prepared(0, down.group.shape[0], path.tensors[:3]), lines, Activation.NONE, None)
+        up = path.tensors[3:]
+    return Beside(path.weight, quantize_tokens(lines if op.kind is Kind.LINEAR else lines.movedim(1, -1)), *up)
+
+
 def _multiply(
-    op: Op, made: Made, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None
-) -> None:
+    op: Op, made: Made, piece: Prepared, out: Tensor, activation: Activation | None, residual: Tensor | None,
+    beside: Beside | None = None,
+) -> None:  # fmt: skip
     """Compute the piece's outputs of `out`."""
     if out.is_meta:
         return
@@ -258,39 +286,10 @@ def _multiply(
     call.weights, call.weight_scale, call.weight_sum = (tensor.data_ptr() for tensor in piece.tensors[:3])
     if len(piece.tensors) > 3:
         call.gate_weights, call.gate_scale, call.gate_sum = (tensor.data_ptr() for tensor in piece.tensors[3:])
+    if beside is not None and beside.number == piece.weight:
+        path = product_beside(beside, piece.first, piece.last - piece.first, gated=len(piece.tensors) > 3)
+        call.beside = ctypes.addressof(path)
     multiply(op, call, made.input.values, out)
-
-
-def _multiply_gated(op: Op, made: Made, prepared: Iterable[Prepared], out: Tensor) -> None:
-    """Compute a GLU whose weights have low-rank paths, some tokens at a time, so that both halves of them stay in the
-    cache until the gates are applied."""
-    halves, act = gated(op), op.epilogue.activation
-    assert halves is not None and act is not None and made.whole is not None
-    tokens, filled = made.whole.flatten(0, -2), out.view(-1, out.shape[-1])
-    paths: list[tuple[Tensor, Tensor] | None] = []  # of each half: its tokens in few dimensions, and the way back
-    for weight in op.group.weights:
-        parts = 2 // len(op.group.weights)
-        if weight.low_rank is None:
-            paths += [None] * parts
-            continue
-        down, up = weight.low_rank.load()
-        lines = product(tokens, down, None)
-        paths += [(lines, rows) for rows in up.chunk(parts)]
-    for piece in prepared:
-        rows = slice(piece.first, piece.last)
-        for some in (slice(i, min(i + _TOKENS, len(tokens))) for i in range(0, len(tokens), _TOKENS)):
-            made_some = made._replace(input=Quantized(made.input.values[some], made.input.scale[some], made.input.zero))
-            both = []
-            for number, half in enumerate(halves):
-                bias = None if half.bias is None else half.bias[rows]
-                alone = Op(kind=op.kind, weights=Group(weights=(replace(half, meta=half.meta[rows], bias=bias),)))
-                made_of = out.new_empty(some.stop - some.start, piece.last - piece.first)
-                of_it = Prepared(0, made_of.shape[1], piece.tensors[3 * number : 3 * number + 3])
-                _multiply(alone, made_some, of_it, made_of, Activation.NONE, None)
-                if (path := paths[number]) is not None:
-                    add_product(path[0][some], path[1][rows], made_of)
-                both.append(made_of)
-            torch.mul(both[0], activated(act, both[1]), out=filled[some, rows])
 
 
 def product_call(

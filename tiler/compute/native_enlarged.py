@@ -97,7 +97,7 @@ class EnlargedBf16(NativeBf16):
 
     def begin(self, op: Op, x: Operands) -> Operands:
         values = quantize_images(x.parts, _GEOMETRY.padding, None, silu=False, out_type=Type.BF16).values
-        return x._replace(parts=(), made=Made(Quantized(values, values, values), input_shape(op, x.parts), None))
+        return x._replace(parts=(), made=Made(Quantized(values, values, values), input_shape(op, x.parts)))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         made: Made = x.made

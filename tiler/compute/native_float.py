@@ -113,7 +113,7 @@ class NativeFp32(Kernel):
         if not (is_fused(op) or _is_joined(op)):
             parts, made_of = (made_input(made_of, parts),), Input()
         values = self._values(op, parts, made_of)
-        return x._replace(parts=(), made=Made(Quantized(values, values, values), shape, None))
+        return x._replace(parts=(), made=Made(Quantized(values, values, values), shape))
 
     def _values(self, op: Op, parts: tuple[Tensor, ...], made_of: Input) -> Tensor:
         """The input as rows of a matrix, or as images with their frame."""
@@ -134,7 +134,7 @@ class NativeFp32(Kernel):
         assert op.geometry is not None
         count, places, inputs = lines.shape
         shape = 1, inputs, count, places - 2 * op.geometry.padding[1]
-        return Operands((), made=Made(Quantized(lines[None], lines, lines), shape, None))
+        return Operands((), made=Made(Quantized(lines[None], lines, lines), shape))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
         made: Made = x.made

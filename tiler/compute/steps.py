@@ -14,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiler.compute import shapes
-from tiler.compute.kernels import Epilogue, Input, Op
-from tiler.compute.onednn import plain_convolution
+from tiler.compute.kernels import Epilogue, Input
 from tiler.compute.tuning import NORM_ELEMENTS
 
 _SHARE = 2**16  # values of an activation for each thread at a time: whole vectors, in the cache
@@ -46,34 +44,6 @@ def made_input(made_of: Input, parts: tuple[Tensor, ...]) -> Tensor:
         # In place only where the tensor is ours.
         x = activated(made_of.activation, x.clone() if x is parts[0] else x)
     return x
-
-
-def add_low_rank(op: Op, x: Tensor, products: Sequence[Tensor]) -> None:
-    """Add the low-rank paths to the products, sample by sample; x: the input of the product."""
-    for weight, filled in zip(op.group.weights, products, strict=True):
-        if weight.low_rank is None:
-            continue
-        down, up = weight.low_rank.load()
-        for sample, into in zip(x.split(1), filled.split(1), strict=True):
-            if op.geometry is None:
-                add_product(product(sample, down.flatten(1), None).flatten(0, -2), up, into.view(-1, len(up)))
-            else:
-                narrow = plain_convolution(sample, down, None, op.geometry)
-                add_product(narrow.movedim(1, -1).flatten(0, -2), up, into.movedim(1, -1).view(-1, len(up)))
-
-
-def add_product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Add x (n, rank) · weight (outputs, rank) to out (n, outputs), in place; a few rows are padded, as for
-    `product`."""
-    if x.is_meta:
-        shapes.count(2 * x.numel() * len(weight), linear=True)
-        return
-    missing = _ROWS - len(x)
-    if missing <= 0:
-        out.addmm_(x, weight.T)
-        return
-    padded = F.pad(out, (0, 0, 0, missing)).addmm_(F.pad(x, (0, 0, 0, missing)), weight.T)
-    out.copy_(padded[: len(x)])
 
 
 def finished(after: Epilogue, products: Sequence[Tensor], residual: Tensor | None) -> tuple[Tensor, ...]:

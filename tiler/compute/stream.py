@@ -193,8 +193,10 @@ class Streamer:
         if self._held is not None:
             yield
             return
-        kernels = [(op, kernel) for op, kernel in self._kernels(modules) if not self._resident(op, kernel)]
+        every = self._kernels(modules)
+        kernels = [(op, kernel) for op, kernel in every if not self._resident(op, kernel)]
         room = sum(kernel.held_bytes(op, None) for op, kernel in kernels)
+        room += sum(kernel.beside_bytes(op) for op, kernel in every if self._resident(op, kernel))
         room += max((kernel.transient_bytes(op, None) for op, kernel in kernels), default=0)
         # On meta tensors, the planner counts the weights.
         planned = torch.empty(room, device="meta", dtype=torch.uint8) if self.store is None else None

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 6  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 7  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -17,7 +17,11 @@ enum Activation { NO_ACTIVATION, SILU, GELU, GELU_TANH };
 // places are rows: the row of place (y, x) begins at image · image_bytes + y · line_bytes + x · place_bytes, and tap t reads
 // `steps` lanes at tap[t] behind it. int8: `a` holds uint8 whose zero is `zero`, (a − zero) · scale; row r takes
 // scale[r / scale_rows] and zero[zero_step · (r / scale_rows)].
-typedef struct {
+//
+// int8 may have another int8 product of the same rows and outputs `beside` it, a low-rank path, whose scaled sums are added before
+// the bias, those of its gates to the gates. Of it are read: taps (1), outputs, steps, a, row_bytes, the weights and gates with
+// their scales and sums, scale, zero, scale_rows (1) and zero_step.
+typedef struct Product {
   int32_t kind, activation, out_type, taps;
   int64_t rows, outputs, steps;
   const void *a;
@@ -38,6 +42,7 @@ typedef struct {
   void *out;
   int64_t out_step, residual_step;  // elements from one row to the next
   int64_t out_width, out_line;      // out_width > 0: `out` has lines of that many rows, and these elements from one to the next
+  const struct Product *beside;     // NULL: none
 } Product;
 
 // Rows of `width` values, normalised where `norm` is set (LayerNorm; gamma and beta may be NULL), then cast; as uint8 each

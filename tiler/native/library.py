@@ -20,7 +20,7 @@ from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
 _INSTALL = "install tiler again (pip install -e . in its folder)"
-VERSION = 6  # of the structs below: that of kernels.h
+VERSION = 7  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -55,6 +55,7 @@ class Product(Structure):
         *((name, c_int64) for name in ("scale_rows", "zero_step")),
         *((name, c_void_p) for name in ("bias", "residual", "out")),
         *((name, c_int64) for name in ("out_step", "residual_step", "out_width", "out_line")),
+        ("beside", c_void_p),
     )
 
 

@@ -68,19 +68,29 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
     }
 }
 
-// The group's outputs of one row.
+// The sums of a row and a block as fp32, `scale` and `zero` being the row's.
+INLINE F16 scaled(const enum Kind kind, const Group *g, int j, float scale, int32_t zero, const int32_t *sums) {
+  I16 sum;
+  memcpy(&sum, sums + j * LANES, sizeof sum);
+  return kind == INT8 ? __builtin_convertvector(sum - g->sum[j] * zero, F16) * (g->scale[j] * scale) : (F16)sum;
+}
+
+// The group's outputs of one row. `low` and `low_sums`: group and sums of the product beside.
 INLINE void finish(const enum Kind kind, const int blocks, const int is_whole, const Product *p, int64_t r, int64_t scale_at,
-                   int64_t out_at, const Group *g, const int32_t *sums) {
+                   int64_t out_at, const Group *g, const int32_t *sums, const Group *low, const int32_t *low_sums) {
   F16 f[GROUP_BLOCKS];
   float scale = kind == INT8 ? p->scale[scale_at] : 1.f;
   int32_t zero = kind == INT8 ? p->zero[scale_at * p->zero_step] - OFFSET : 0;
 #pragma GCC unroll 4
-  for (int j = 0; j < blocks; j++) {
-    I16 sum;
-    memcpy(&sum, sums + j * LANES, sizeof sum);
-    f[j] = kind == INT8 ? __builtin_convertvector(sum - g->sum[j] * zero, F16) * (g->scale[j] * scale) : (F16)sum;
-    f[j] += g->bias[j];
+  for (int j = 0; j < blocks; j++) f[j] = scaled(kind, g, j, scale, zero, sums);
+  if (kind == INT8 && p->beside) {
+    float low_scale = p->beside->scale[r];
+    int32_t low_zero = p->beside->zero[r * p->beside->zero_step] - OFFSET;
+#pragma GCC unroll 4
+    for (int j = 0; j < blocks; j++) f[j] += scaled(kind, low, j, low_scale, low_zero, low_sums);
   }
+#pragma GCC unroll 4
+  for (int j = 0; j < blocks; j++) f[j] += g->bias[j];
   int outputs = p->gate_weights ? blocks / 2 : blocks;
 #pragma GCC unroll 4
   for (int j = 0; j < blocks; j++) {
@@ -156,16 +166,37 @@ INLINE Group group_of(const enum Kind kind, const Product *p, int64_t number) {
   return g;
 }
 
-INLINE void rows_of_group(const enum Kind kind, const int rows, const Product *p, Panel *panel, int64_t r, const Group *g,
-                          const Span *span, int is_first) {
+INLINE void rows_of_group(const enum Kind kind, const int rows, const Product *p, const char *const *row, const Group *g,
+                          const Span *span, int is_first, int32_t *sums) {
   int j = 0;
-#define TILE(N) tile(kind, rows, N, p, panel->row + r, g->weights + j, span, is_first, panel->sums + r * GROUP + j * LANES)
+#define TILE(N) tile(kind, rows, N, p, row, g->weights + j, span, is_first, sums + j * LANES)
 #if BLOCKS == 4
   if (g->count == 4) TILE(4), j = 4;
   if (j + 2 <= g->count) TILE(2), j += 2;
 #endif
   for (; j < g->count; j++) TILE(1);
 #undef TILE
+}
+
+// The same for 6, 4, 2 rows or 1.
+INLINE void some_rows_of_group(const enum Kind kind, int64_t rows, const Product *p, const char *const *row, const Group *g,
+                               const Span *span, int is_first, int32_t *sums) {
+  if (rows == 6)
+    rows_of_group(kind, 6, p, row, g, span, is_first, sums);
+  else if (rows == 4)
+    rows_of_group(kind, 4, p, row, g, span, is_first, sums);
+  else if (rows == 2)
+    rows_of_group(kind, 2, p, row, g, span, is_first, sums);
+  else
+    rows_of_group(kind, 1, p, row, g, span, is_first, sums);
+}
+
+// Sums of the product beside, of its rows from `r` on. Not inlined: few products have one.
+static __attribute__((noinline)) void sums_beside(const Product *p, int64_t r, int64_t rows, const Group *g, int32_t *sums) {
+  const Span span = {0, 1, 0, p->steps};
+  const char *row[TILE_ROWS];
+  for (int64_t i = 0; i < rows; i++) row[i] = (const char *)p->a + (r + i) * p->row_bytes;
+  some_rows_of_group(INT8, rows, p, row, g, &span, 1, sums);
 }
 
 INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t number) {
@@ -185,26 +216,24 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
     }
   }
   int64_t groups = group_count(p);
+  const Product *beside = kind == INT8 ? p->beside : NULL;
+  _Alignas(64) int32_t low_sums[TILE_ROWS * GROUP];
   for (int64_t n = groups * part / tasks->parts; n < groups * (part + 1) / tasks->parts; n++) {
-    Group g = group_of(kind, p, n);
+    Group g = group_of(kind, p, n), low;
+    if (beside) low = group_of(INT8, beside, n);
     Span span = {.t1 = 0, .s1 = p->steps};
     for (int is_first = 1; next_span(p, &span); is_first = 0) {
       int is_last = span.t1 == p->taps && span.s1 == p->steps;
       for (int64_t r = 0; r < rows;) {
         int64_t left = rows - r, many = left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        if (many == 6)
-          rows_of_group(kind, 6, p, &panel, r, &g, &span, is_first);
-        else if (many == 4)
-          rows_of_group(kind, 4, p, &panel, r, &g, &span, is_first);
-        else if (many == 2)
-          rows_of_group(kind, 2, p, &panel, r, &g, &span, is_first);
-        else
-          rows_of_group(kind, 1, p, &panel, r, &g, &span, is_first);
+        some_rows_of_group(kind, many, p, panel.row + r, &g, &span, is_first, panel.sums + r * GROUP);
+        if (is_last && beside) sums_beside(beside, first + r, many, &low, low_sums);
         for (int64_t i = r; is_last && i < r + many; i++) {
+          const int32_t *sums = panel.sums + i * GROUP, *of_low = low_sums + (i - r) * GROUP;
           if (g.count == GROUP_BLOCKS && g.is_whole)
-            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], panel.out_at[i], &g, panel.sums + i * GROUP);
+            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], panel.out_at[i], &g, sums, &low, of_low);
           else
-            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], panel.out_at[i], &g, panel.sums + i * GROUP);
+            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], panel.out_at[i], &g, sums, &low, of_low);
         }
         r += many;
       }
