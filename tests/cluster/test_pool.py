@@ -63,7 +63,7 @@ class Scheduler:
         self._tickets = 0
         self.asked: list[tuple[str, object]] = []  # the first requests
         self.deaf = set[str]()  # those that never answer the large one
-        self.sending = self.most_sending = 0  # encoded prompts that are on their way
+        self.sending, self.most_sending = set[int](), 0  # requests whose encoded prompts are on their way
         self.on_held: Callable[[int], None] = lambda ticket: None
         self.held: dict[int, str] = {}  # tickets of those that do not answer
 
@@ -77,8 +77,8 @@ class Scheduler:
         if task is tasks.open_ahead:
             self._arrived.append(Arrived(self._tickets, Greeting().to_json(), None))
         elif task is tasks.open_job:
-            self.sending += 1
-            self.most_sending = max(self.most_sending, self.sending)
+            self.sending.add(self._tickets)
+            self.most_sending = max(self.most_sending, len(self.sending))
             if address not in self.deaf:
                 self._arrived.append(Arrived(self._tickets, Greeting().to_json(), None))
         elif task is tasks.hello:
@@ -110,9 +110,11 @@ class Scheduler:
 
     def drop(self, ticket: int) -> None:
         self.held.pop(ticket, None)
+        self.sending.discard(ticket)
 
     def answers(self, seconds: float) -> list[Arrived]:
-        found, self._arrived, self.sending = self._arrived[::-1], [], 0
+        found, self._arrived = self._arrived[::-1], []
+        self.sending -= {arrived.ticket for arrived in found}
         return found
 
 
@@ -210,7 +212,16 @@ def test_at_most_two_copies_of_the_prompts_are_on_their_way(monkeypatch: pytest.
     scheduler = Scheduler(a=good, b=good, c=good, d=good)
     scheduler.deaf |= {"b", "c", "d"}
     assert not run(scheduler, patience=1e9).local.numbers
-    assert sum(task is tasks.open_job and name in scheduler.deaf for name, task in scheduler.asked) == 2
+    assert scheduler.most_sending == 2
+
+
+def test_workers_that_never_answer_keep_none_from_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: the oldest request is withdrawn."""
+    monkeypatch.setattr(members, "_LONG", 0.0)
+    scheduler = Scheduler(a=good, b=good, c=good, d=good)
+    scheduler.deaf |= {"a", "b", "c"}  # all of whom are asked before the last
+    assert not run(scheduler, patience=1e9).local.numbers
+    assert scheduler.most_sending == 2
 
 
 def test_an_error_while_workers_open_the_model_ahead_keeps_none_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +241,7 @@ def test_an_error_while_workers_open_the_model_ahead_keeps_none_from_it(monkeypa
     early = Early(scheduler, b"")  # type: ignore[arg-type]
     assert told.wait(30)
     early.end()
-    assert early.told == {"a"} and early.error is None
+    assert early.told == {"a"} and early.error is None and str(early.failure) == "no answer"
 
 
 @pytest.mark.parametrize(("shape", "most"), [((4, 64, 64), 32), ((16, 64, 64), 8), ((16, 256, 256), 1)])

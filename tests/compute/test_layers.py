@@ -156,13 +156,15 @@ products = pytest.mark.skipif(not cpu.int8().products, reason="no 8-bit products
 with_kernels = pytest.mark.parametrize("kernel", ["fp32", pytest.param("native-int8", marks=products)])
 
 
-PATH_ERROR = 0.03  # of a low-rank path, relative to what it adds: 2 % with weights of 7 bits
+# Of a low-rank path, relative to what it adds: half as much again as normally distributed factors have.
+PATH_ERROR = 0.02 if cpu.int8().largest == 127 else 0.03
 
 
 def factors(rank: int, outputs: int, *inputs: int) -> LowRank:
     """Random ones: `down` (rank, *inputs) has rows of very different sizes, as beside one another those of several
-    files have."""
+    files have, and one of zeros."""
     down = torch.randn(rank, *inputs) * torch.logspace(-2, 2, rank).view(-1, *(1,) * len(inputs))
+    down[1:2] = 0
     up = torch.randn(outputs, rank) / torch.logspace(-2, 2, rank)
     return LowRank(rank, lambda: (down.clone(), up.clone()))
 

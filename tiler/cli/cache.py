@@ -72,7 +72,7 @@ def _line(files: list[Cached], width: int) -> str:
     first, days = files[0], min(file.used_days for file in files)
     used = "today" if days < 1 else f"{days:.0f} day{'s' if round(days) > 1 else ''} ago"
     line = f"{size(sum(file.size_bytes for file in files)):>8}  {used:12} {first.kind:18}"
-    name = first.name or first.path.name[:12]
+    name = first.name or ("of unknown models" if first.kind == PROMPTS else first.path.name[:12])
     end = f" ({len(files)})" if first.kind == PROMPTS else ""
     end += f"  stale: {first.stale}" if first.stale else ""
     room = max(12, width - len(line) - len(end))

@@ -49,7 +49,7 @@ def command(folders: Folders = None, max_ram: o.MaxRam = "800MB", json_output: o
     if not found:
         typer.echo(f"no .safetensors or .gguf file and no diffusers folder in {', '.join(map(str, wanted))}")
         return
-    for line in _table(found, ceiling, columns()):
+    for line in _table(sorted(found, key=lambda model: model.path.parent), ceiling, columns()):
         typer.echo(line)
 
 

@@ -63,7 +63,7 @@ def duration(seconds: float) -> str:
 
 def size(nbytes: int) -> str:
     """A file's size for people: "2.1 GB", "335 MB", "12 kB"."""
-    if nbytes >= 10**9:
+    if nbytes >= 999_500_000:
         return f"{nbytes / 1e9:.1f} GB"
     return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**6 else f"{-(-nbytes // 1000)} kB"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from tiler.cluster import tasks
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from tiler.cluster.members import Members
 
 _LOOK_EVERY = 0.5  # seconds
-_ANSWER = 0.1  # the same for answers; the canvas may wait for it
+_ANSWER = 0.1  # seconds to wait for answers, which may keep the canvas waiting
 
 
 class Notes:
@@ -43,6 +42,7 @@ class Early:
         self.told: set[str] = set()  # addresses
         self._engine, self._job = engine, job
         self._members: Members | None = None
+        self.failure: Exception | None = None  # the last one while they were told to open it
         self.error: Exception | None = None  # with which the greeting ended; the answers that came with it are lost
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="early workers", daemon=True)
@@ -59,8 +59,10 @@ class Early:
 
     def _run(self) -> None:
         while self._members is None and not self._over.is_set():
-            with suppress(Exception):  # they open it when they are greeted
+            try:
                 self._have_them_open()
+            except Exception as error:  # they open it when they are greeted
+                self.failure = error
             self._over.wait(_LOOK_EVERY)
         try:
             while self._members is not None and not self._over.is_set():

@@ -23,7 +23,7 @@ _LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
 _AGAIN = 10.0  # seconds until a worker that another render has is asked again
 _LOST = 600.0  # seconds to wait for a scheduler that does not answer
 _LONG = 60.0  # seconds after which a large request without an answer no longer keeps others from their turn
-_SENDING = 2  # large requests at a time at most, of which only the last may be that young: the plan counts so many
+_SENDING = 2  # large requests at a time at most, of which only the newest may be younger: the plan counts so many
 _SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
 
 
@@ -187,9 +187,18 @@ class Members:
         if self._at_most is not None:
             for ticket, member in list(self._greetings.items()):
                 if now - member.asked > self._at_most:
-                    del self._greetings[ticket]
-                    self.engine.drop(ticket)
-                    self._again[member.address] = now + _AGAIN
+                    self._withdraw(ticket)
+
+    def end(self) -> None:
+        """Give up what has not been answered, for others that take the place of this value."""
+        for ticket in (*self._greetings, *self._reaching):
+            self.engine.drop(ticket)
+
+    def _withdraw(self, ticket: int) -> None:
+        """Give up a greeting; its worker is asked again."""
+        member = self._greetings.pop(ticket)
+        self.engine.drop(ticket)
+        self._again[member.address] = time.monotonic() + _AGAIN
 
     @property
     def _are_enough(self) -> bool:
@@ -205,11 +214,15 @@ class Members:
             self._send(member)
 
     def _next_turn(self) -> None:
-        """Send a large request if no other is under way, or only one that takes very long."""
+        """Send a large request if no other is under way, or only one that takes very long. If several do, the oldest is
+        withdrawn, so that workers that never answer keep none from its turn."""
         since = time.monotonic() - _LONG
-        sending = [m for m in self._greetings.values() if self._requests[m.request].is_large]
-        if self._turns and len(sending) < _SENDING and all(m.asked <= since for m in sending):
-            self._send(self._turns.popleft())
+        sending = {t: m.asked for t, m in self._greetings.items() if self._requests[m.request].is_large}
+        if not self._turns or any(asked > since for asked in sending.values()):
+            return
+        if len(sending) == _SENDING:
+            self._withdraw(min(sending, key=lambda ticket: sending[ticket]))
+        self._send(self._turns.popleft())
 
     def _send(self, member: Member) -> None:
         request = self._requests[member.request]

@@ -131,8 +131,11 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
         def opened(members: Members, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
             early.end()
             notes.tell(run.note)
+            if early.failure is not None:
+                run.note(f"workers could not be told to open the model ahead: {early.failure}")
             if early.error is not None:
                 run.note(f"greeting workers ahead failed ({early.error}): they are greeted again")
+                members.end()
                 members = members_of(prompts)
             members.begin()
             with _open_pool(cluster, run, prompts, members, opening.name) as runner:

@@ -93,9 +93,9 @@ class SharedJob:
 
         tensors = {}
         for number, prompt in enumerate(self.texts.values()):
-            tensors[f"tokens.{number}"] = prompt.tokens.contiguous().clone()
+            tensors[f"tokens.{number}"] = prompt.tokens.float().contiguous().clone()
             if prompt.pooled is not None:
-                tensors[f"pooled.{number}"] = prompt.pooled.contiguous().clone()
+                tensors[f"pooled.{number}"] = prompt.pooled.float().contiguous().clone()
         said = {
             "versions": versions(), "name": self.name, "request": coding.encode(self.request),
             "model_id": self.model_id,

@@ -75,7 +75,7 @@ def timings(
     times: int = 1,
 ) -> dict[str, float]:  # fmt: skip
     """The time in seconds of each kernel that can run a layer of that shape, or of a single kernel, with the weight
-    prepared beforehand. A measurement runs the layer so many `times`."""
+    prepared beforehand. Each measurement runs the layer `times` times."""
     generator = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=generator) for size in (shape.weight, shape.x))
     rows, scale = quantize_rows(weight)

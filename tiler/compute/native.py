@@ -39,6 +39,7 @@ from tiler.compute.native_low_rank import (
     Weights,
     factor_bytes,
     factors,
+    making_bytes,
     product_beside,
     rank_of,
     sums_of,
@@ -86,7 +87,7 @@ class NativeInt8(Kernel):
         return op.group.numel + self.beside_bytes(op)
 
     def beside_bytes(self, op: Op) -> int:
-        return factor_bytes(op.group.weights)
+        return sum(factor_bytes(_owners(op, number)) for number, _ in together(op))
 
     def prepare(self, store: WeightStore | None, op: Op, shape: Shape, place: Place) -> Iterable[Prepared]:
         pieces = _planned(op, place) if store is None else _fetched(store, op, place)
@@ -189,6 +190,8 @@ def _planned(op: Op, place: Place) -> Iterator[Prepared]:
     for number, weights in together(op):
         beside = weights[0].meta.new_empty(0 if place.stays else factor_bytes(_owners(op, number)), dtype=torch.int8)
         if rank_of(_owners(op, number)):
+            made = weights[0].meta.new_empty(making_bytes(_owners(op, number)), dtype=torch.int8)
+            del made
             yield Prepared(0, 0, (), number)
         most = min(weights[0].outputs, step_rows(None, weights[0].row * len(weights)))
         count = 0 if place.stays else most * len(weights)

@@ -44,7 +44,7 @@ _ROUNDS = 3  # of each measurement: an estimate of minutes does not need the fif
 class Flops(NamedTuple):
     """Floating-point operations, two for each multiply-add: of layers with weights, and of attention; how many `runs`
     of a layer for a sample they are spread over; how often the weights of a layer are prepared for these (`loads`);
-    and as how many more operations narrow layers count (`narrow`)."""
+    and the extra operations that narrow layers count as (`narrow`)."""
 
     layers: int
     attention: int

@@ -205,11 +205,11 @@ def parse_scheduler(name: str) -> Scheduler:
     """Parse the name of a sampler as AUTOMATIC1111, ComfyUI, InvokeAI or diffusers write it, in any case: `DPM++ 2M` is
     also `dpmpp_2m`. Raises UsageError."""
     folded = " ".join(name.lower().replace("_", " ").split())
-    joined = folded.replace(" ", "").replace("dpmpp", "dpm++")
+    joined = folded.replace(" ", "").replace("dpmpp", "dpm++").removeprefix("k")  # InvokeAI's `k_euler_a`
     for scheduler in Scheduler:
-        if joined.removeprefix("k") == scheduler.value.lower().replace(" ", ""):
+        if joined == scheduler.value.lower().replace(" ", ""):
             return scheduler
-    if (known := _OTHER_NAMES.get(joined.removeprefix("k"))) is not None:  # InvokeAI's `k_euler_a`
+    if (known := _OTHER_NAMES.get(joined)) is not None:
         return known
     for scheduler, kind in itertools.product(Scheduler, ScheduleType):
         if joined == (scheduler.value + kind).lower().replace(" ", "").replace("_", ""):

@@ -73,7 +73,7 @@ def _said(path: Path) -> tuple[dict[str, str], str]:
         said = read_metadata(path)
     except ModelError:
         return {}, "damaged"
-    # By its name of ours, by its words not: it stays.
+    # A file named as ours are, of another format, stays.
     old = said.get("format") == "tiler-int8" and said.get("version") != INT8_VERSION
     return said, "of another version of tiler" if old else ""
 

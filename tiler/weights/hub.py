@@ -23,7 +23,8 @@ from tiler.weights.places import give_the_hub_a_home, hub_cache
 
 INDEX = "model_index.json"
 DEFAULTS = "tiler.toml"  # what a model says of its own renders
-_UNUSED = "feature_extractor", "image_encoder", "safety_checker"
+_LARGE_UNUSED = "image_encoder", "safety_checker"
+_UNUSED = "feature_extractor", *_LARGE_UNUSED
 _WEIGHTLESS = re.compile("Tokenizer|Scheduler|Processor|FeatureExtractor")  # in the name of a part's class
 _TEXT = "text_encoder", "tokenizer"  # how the names begin of what encodes prompts
 _CONFIGS = ".json", ".txt", ".model"
@@ -77,7 +78,7 @@ def fetch_command(repo: str, revision: str | None, files: Iterable[str] = ()) ->
         what = " ".join(f"'{file}'" for file in files)
     else:
         patterns = INDEX, DEFAULTS, "*/*.json", "*/*.txt", "*/*.model", "*/*model*.safetensors"
-        left_out = "*.non_ema*", "*.bf16*", *(f"{part}/*" for part in _UNUSED[1:])  # the first one is small
+        left_out = "*.non_ema*", "*.bf16*", *(f"{part}/*" for part in _LARGE_UNUSED)
         what = " ".join([*(f"--include '{p}'" for p in patterns), *(f"--exclude '{p}'" for p in left_out)])
     return f"hf download {repo} {what}" + (f" --revision {revision}" if revision else "")
 

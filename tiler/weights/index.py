@@ -219,7 +219,7 @@ def _sniff(head: bytes, length: int, size: int) -> str:
         return "this is a web page saved under a model's name; download the file again"
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return "this is a pickle checkpoint under a safetensors name; tiler reads safetensors only"
-    if head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"RIFF")):
+    if head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
         return "this is a picture, not a safetensors file; --from repeats a picture, --guide starts from one"
     if head.startswith(b"GGUF"):
         return "this is a GGUF file under a safetensors name; rename it to NAME.gguf"
