@@ -229,8 +229,8 @@ def test_int8_weights_that_stay_in_memory_are_multiplied_there_and_planned_once(
         return meter.peak_bytes
 
     assert planned(in_place=False) - planned(in_place=True) == 48 * 96
-    # A low-rank path is held in both cases: values, and a scale and a sum of each row. While it is made, three copies in
-    # fp32 take more than the lines and the result of 12 tokens.
+    # A low-rank path is held in both cases: values, and a scale and a sum of each row. While it is made, three
+    # copies in fp32 take more than the lines and the result of 12 tokens.
     for in_place in (False, True):
         more = planned(in_place=in_place, rank=20) - planned(in_place=in_place)
         assert more == 32 * (48 + 96) + 8 * (32 + 48) + 3 * 4 * 32 * (48 + 96) - 4 * 12 * 48

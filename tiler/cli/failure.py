@@ -82,11 +82,13 @@ def usage_of(error: Any) -> str:
         return f"{option} {said}: " + ("this command takes one seed" if option == "--seed" and "," in said else why)
     text: str = error.format_message()
     name = str(getattr(error, "option_name", ""))
+    params = getattr(getattr(getattr(error, "ctx", None), "command", None), "params", ())
     if (hint := _ELSEWHERE.get(name.replace("_", "-"))) is not None:
-        return f"No such option: {name}; {hint}"
+        options = {option for param in params for option in param.opts}
+        if (named := re.match("--[a-z-]+", hint)) is None or named[0] in options:
+            return f"No such option: {name}; {hint}"
     text = text.rstrip(".").replace("Value error, ", "")  # pydantic's prefix
-    command = getattr(getattr(error, "ctx", None), "command", None)
-    if "unexpected extra argument" in text and any(p.name == "prompt" for p in getattr(command, "params", ())):
+    if "unexpected extra argument" in text and any(param.name == "prompt" for param in params):
         return f"{text}; put a prompt of several words in quotes"
     return text
 
