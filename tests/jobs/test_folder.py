@@ -264,6 +264,22 @@ def test_a_damaged_job_is_no_other_picture(tiny: Path, tmp_path: Path) -> None:
             each.write_bytes(was)
 
 
+def test_a_damaged_job_hides_no_other_in_the_list(in_process: Any, tmp_path: Path) -> None:
+    for name in ("hen.png", "cow.png"):
+        (tmp_path / f"{name}.tiler").mkdir()
+        manifest.write(tmp_path / f"{name}.tiler/job.json", made_of(output=tmp_path / name))
+    (tmp_path / "hen.png.tiler/job.json").write_text("{")
+    ran = in_process("resume", "--list")
+    assert ran.code == 0 and ran.err == ""
+    damaged, whole = ran.out.splitlines()
+    assert damaged == "hen.png: damaged; give its render command with --restart"
+    assert "cow.png: 64×64, the beginning, nothing saved" in whole
+    listed = in_process("resume", "--list", "--json").json
+    assert [Path(job["output"]).name for job in listed["jobs"]] == ["cow.png"]
+    assert [job["output"] for job in listed["damaged"]] == ["hen.png"]
+    assert in_process("resume", "hen.png").code == 10
+
+
 def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
     refused: list[str] = []
 
