@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tiler.diffusion.guide_picture import size_of
 from tiler.models.built import Models
 from tiler.models.family import Role
 from tiler.planning.render import RenderPlan
@@ -41,6 +42,10 @@ class Planned:
         with torch.no_grad():
             speed = self.speed or speed_of(self.models)
             facts = summarise(self.said, self.request, self.plan, self.models, speed, self.replan)
+        if (guide := self.request.guide_image) is not None:
+            own = self.request.width, self.request.height  # of a picture that is repainted
+            width, height = size_of(guide) if self.plan.spot is None else own
+            facts["guide_image"] = {"path": str(guide), "width": width, "height": height}
         if self.cluster is not None:
             saved = self.cluster.alone_seconds - self.cluster.canvas_seconds
             whole = max(0, round(facts["expected_seconds"] - saved))

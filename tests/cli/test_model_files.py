@@ -16,6 +16,7 @@ import torch
 from checkpoints._single import single_tensors
 from safetensors.torch import load_file, save_file
 
+import tiler
 from tiler.models.listing import list_models
 from tiler.models.single_file import tiny_of_file
 from tiler.weights.caches import INT8_VERSION
@@ -79,6 +80,12 @@ def test_the_smallest_ceiling_is_the_models_not_its_familys(
     )
     found = in_process("models", ".", "--json").json["models"]
     assert [model["floor_bytes"] for model in found] == [needed, needed], found
+
+
+def test_a_unet_of_larger_latents_is_no_instructpix2pix(in_process: Any) -> None:
+    file = Path(tiler.__file__).parent / "models/mini/unet/diffusion_pytorch_model.safetensors"
+    ran = in_process("plan", "x", "--model", "mini", "--diffusion-model", file, "--size", 64)
+    assert ran.code == 3 and "the UNet computes latents of 8 channels" in ran.err and "Pix2Pix" not in ran.err
 
 
 def test_of_a_hundred_models_only_the_headers_are_read(tmp_path: Path) -> None:

@@ -92,6 +92,13 @@ def test_models_that_are_not_there(tiler, in_process, tmp_path: Path) -> None:
     assert "hf download org/never-downloaded" in ran.err
 
 
+@pytest.mark.parametrize("content", [b"", b"GGU", bytes(64), b"\xff" * 64])
+def test_a_damaged_gguf_is_not_called_a_safetensors_file(in_process, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.gguf").write_bytes(content)
+    ran = in_process("plan", "x", "--model", "x.gguf")
+    assert ran.code == 3 and "x.gguf: not a GGUF file" in ran.err and "safetensors" not in ran.err
+
+
 def test_a_hub_cache_is_read_offline(tiler, tiny: Path, tmp_path: Path) -> None:
     sha = "0" * 40
     repo = tmp_path / "hf/hub/models--org--tiny"

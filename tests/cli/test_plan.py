@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tiler.compute.measure import TABLE_SHAPES
 from tiler.native.library import has_bf16
@@ -87,6 +88,14 @@ def test_what_a_command_does_not_know_is_said_with_what_it_does(in_process) -> N
 def test_a_prompt_that_cannot_be_drawn_is_exit_2_and_one_line(in_process, tiny: Path, prompt: str) -> None:
     ran = in_process("plan", prompt, "--model", tiny, "--size", "64")
     assert ran.code == 2 and len(ran.err.splitlines()) == 1, ran.err
+
+
+def test_the_guide_that_was_given_is_named_with_its_size(in_process, tiny: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "boat.png")
+    for size in (("--scale", "2"), ("-W", "128", "-H", "96")):
+        planned = in_process("plan", "x", "--model", tiny, "--guide", "boat.png", *size)
+        assert "canvas 128×96, guide boat.png (64×48), " in planned.out
+    assert ", guide none, " in in_process("plan", "x", "--model", tiny, "--size", "64").out
 
 
 def test_one_of_a_thing_is_singular(in_process, tiny: Path) -> None:

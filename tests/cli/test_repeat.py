@@ -80,8 +80,25 @@ def test_info_leaves_out_what_is_at_its_default(in_process, tmp_path: Path) -> N
     }
     png(tmp_path / "x.png", tiler=json.dumps(said | {"bleed_mm": 0.0, "precision": "fp32"}))
     shown = [line.split()[0] for line in in_process("info", "x.png").out.splitlines()]
-    assert shown == ["made", "prompt", "model", "wrap", "guide", "precision"]
+    assert shown == ["made", "PROMPT", "--model", "--wrap", "--no-guide", "--precision"]
     assert in_process("info", "x.png", "--json").json["settings"] == said | {"precision": "fp32"}
+
+
+def test_info_prints_settings_as_options_take_them(in_process, tmp_path: Path) -> None:
+    loras = [
+        {"file": "ink", "strength": 0.8, "text_strength": 0.8},
+        {"file": "film", "strength": 0.5, "text_strength": 0.3},
+    ]
+    said = {"num_inference_steps": 7, "guidance_interval": [0.0, 0.75], "landscape": True, "loras": loras}
+    png(tmp_path / "x.png", tiler=json.dumps(said | {"model_id": "0"}))
+    _, *lines = in_process("info", "x.png").out.splitlines()
+    typed = [line.split() for line in lines]
+    assert typed == [
+        ["--steps", "7"], ["--guidance-interval", "0-0.75"], ["--landscape"], ["--lora", "ink=0.8"],
+        ["--lora", "film=0.5:0.3"], ["model_id", "0"],
+    ]  # fmt: skip
+    words = [word for flag, *value in typed[:-1] for word in (flag, *value) if flag != "--lora"]
+    assert in_process("plan", "x", "--model", "mini", "--paper", "A6", "--dpi", 50, *words).code == 0
 
 
 def test_what_is_typed_wins(tmp_path: Path) -> None:

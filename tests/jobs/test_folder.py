@@ -163,6 +163,18 @@ def test_another_request_is_refused_by_its_first_difference(tiny: Path, tmp_path
     assert restarted.told > 0 and not job.exists()
 
 
+def test_a_restart_that_is_refused_leaves_the_old_job(in_process: Any, tiny: Path, tmp_path: Path) -> None:
+    job = stopped(tiny, tmp_path / "x.png")
+    before = {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"}
+    again = ("render", "a boat", "-o", "x.png", "--restart", "--size", "64")
+    for refused, code in (("--model", "nosuch"), 3), (("--model", tiny, "--max-ram", "50MB"), 4):
+        assert in_process(*again, *refused).code == code
+        assert {path.name: path.read_bytes() for path in job.iterdir() if path.name != "lock"} == before
+    continued = Stop("canvas", 0, BudgetExceeded())
+    render(ask(tiny, tmp_path / "x.png"), roomy(), continued)
+    assert any(note.startswith("continuing at canvas step ") for note in continued.notes)
+
+
 def made_of(model_id: str = "1", **values: Any) -> manifest.Manifest:
     asked = RenderRequest(**({"prompt": "a boat", "seed": 5, "size": 64} | values))
     return manifest.Manifest(
@@ -252,6 +264,22 @@ def test_a_damaged_job_is_no_other_picture(tiny: Path, tmp_path: Path) -> None:
             each.write_bytes(was)
 
 
+def test_a_damaged_job_hides_no_other_in_the_list(in_process: Any, tmp_path: Path) -> None:
+    for name in ("hen.png", "cow.png"):
+        (tmp_path / f"{name}.tiler").mkdir()
+        manifest.write(tmp_path / f"{name}.tiler/job.json", made_of(output=tmp_path / name))
+    (tmp_path / "hen.png.tiler/job.json").write_text("{")
+    ran = in_process("resume", "--list")
+    assert ran.code == 0 and ran.err == ""
+    damaged, whole = ran.out.splitlines()
+    assert damaged == "hen.png: damaged; give its render command with --restart"
+    assert "cow.png: 64×64, the beginning, nothing saved" in whole
+    listed = in_process("resume", "--list", "--json").json
+    assert [Path(job["output"]).name for job in listed["jobs"]] == ["cow.png"]
+    assert [job["output"] for job in listed["damaged"]] == ["hen.png"]
+    assert in_process("resume", "hen.png").code == 10
+
+
 def test_two_at_once(tiny: Path, tmp_path: Path) -> None:
     refused: list[str] = []
 
@@ -313,7 +341,9 @@ def test_a_canvas_in_files_stays_where_it_was_begun(tmp_path: Path) -> None:
                 held.write_bytes(bytes(8192))
             raise BudgetExceeded("enough")
     assert held is not None and held.exists() and str(one) in str(notes[0])
-    with folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", scratch=two, restart=True)):
+    with folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", scratch=two, restart=True)) as job:
+        assert held.exists()  # until the new job begins
+        job.begin(made_of())
         assert not held.parent.exists()
 
 
@@ -325,8 +355,8 @@ def test_a_job_of_others_empties_no_folder_but_its_own(tmp_path: Path) -> None:
     job = folder.folder_of(tmp_path / "x.png")
     job.mkdir()
     manifest.write(job / "job.json", replace(made_of(), spool=str(mine), canvas=str(tmp_path / "mine.canvas")))
-    with folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", restart=True)):
-        pass
+    with folder.Job(RenderRequest(prompt="x", output=tmp_path / "x.png", restart=True)) as begun:
+        begun.begin(made_of())
     assert not job.exists() and len(list(mine.iterdir())) == 2 and (tmp_path / "mine.canvas/canvas.json").exists()
 
 
@@ -339,6 +369,7 @@ def test_restarting_a_damaged_job_clears_its_scratch_files(tmp_path: Path) -> No
         path.parent.mkdir(parents=True)
         path.touch()
     with job:
+        job.begin(made_of())
         assert list((tmp_path / "fast").iterdir()) == []
 
 

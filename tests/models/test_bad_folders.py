@@ -139,6 +139,11 @@ BAD: dict[str, tuple[str, Damage, str]] = {
     "inpainting": ("tiny", says("unet/config.json", in_channels=9), "this is an inpainting model"),
     "depth": ("tiny", says("unet/config.json", in_channels=5), "this is a depth-to-image model"),
     "pix2pix": ("tiny-sdxl", says("unet/config.json", in_channels=8), "this is an InstructPix2Pix model"),
+    "channels": (
+        "tiny",
+        says("unet/config.json", in_channels=8, out_channels=8),
+        "latents of 8 channels, the VAE's have 4; these parts do not belong together",
+    ),
     "video": ("tiny", says("model_index.json", _class_name="AnimateDiffPipeline"), "this is a video model"),
     "ControlNet": ("tiny", says("unet/config.json", _class_name="ControlNetModel"), "the class is 'ControlNetModel'"),
     "JSON": ("tiny", lambda f: put(f / "scheduler/scheduler_config.json", "{"), "not valid JSON; download it again"),

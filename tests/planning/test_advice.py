@@ -39,6 +39,8 @@ def told(peaks: dict[str, int], **values: Any) -> str:
         ({}, ""),
         ({"frozen": 890}, ""),
         ({"frozen": 700}, "; with --decode frozen 700MB is enough"),
+        ({"frozen": 700, "small": 600}, "; with -W 1024 -H 1024 600MB is enough"),
+        ({"frozen": 600, "small": 700}, "; with --decode frozen 600MB is enough"),
         ({"frozen": 400}, "; it would fit with --decode frozen"),
         ({"frozen": 400, "small": 300}, "; it would fit with --decode frozen or with -W 1024 -H 1024"),
         ({"frozen": 700, "small": 300}, "; it would fit with -W 1024 -H 1024"),

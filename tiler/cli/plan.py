@@ -5,11 +5,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import harmless
 from tiler.memory.budget import Budget, format_mb
 from tiler.request import RenderRequest
 
@@ -45,7 +47,8 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     if memory.fits:
         typer.echo(f"expected time on this machine: {_hours(facts)}")
     typer.echo()
-    typer.echo(f"canvas {facts['canvas']}, guide {facts['guide'] or 'none'}, {_count(facts['tiles'], 'tile')}")
+    first = f"canvas {facts['canvas']}, guide {_guide(facts)}, {_count(facts['tiles'], 'tile')}"
+    typer.echo("\n".join(textwrap.wrap(first, 80, subsequent_indent="  ")))
     if (box := facts["repaint"]) is not None:
         typer.echo(f"repainted: a part of the picture, starting at row {box['top']}, column {box['left']}")
     why = textwrap.wrap(f"denoiser: {plan.precision} ({plan.precision_why}),", 80, subsequent_indent="  ")
@@ -78,6 +81,14 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     for hint in facts["hints"]:
         typer.echo(f"  {hint['choice']:40}{_floor(hint['smallest_max_ram_bytes']):>14}, {_hours(hint)}")
     typer.echo("\n" + memory.table())
+
+
+def _guide(facts: dict[str, Any]) -> str:
+    """The guide's size in pixels: of the pass that makes it, or of the user's picture, with its name."""
+    picture = facts.get("guide_image")
+    if picture is None:
+        return facts["guide"] or "none"
+    return f"{harmless(Path(picture['path']).name)} ({picture['width']}×{picture['height']})"
 
 
 def _cluster(facts: dict[str, Any]) -> Iterator[str]:

@@ -12,7 +12,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.cli import render
-from tiler.errors import JobError, UsageError
+from tiler.errors import JobError, StorageError, UsageError
 from tiler.jobs import manifest as manifests
 from tiler.jobs.checked import common_code
 from tiler.jobs.folder import folder_of, newest_facts
@@ -29,7 +29,7 @@ class Found(NamedTuple):
 
     @property
     def output(self) -> Path:
-        return Path(self.manifest.said["output"] or self.folder.parent / self.folder.name.removesuffix(SUFFIX))
+        return Path(self.manifest.said["output"] or _picture_beside(self.folder))
 
     def facts(self) -> dict[str, Any]:
         where, age = newest_facts(self.folder, self.manifest)
@@ -65,10 +65,11 @@ def command(
     json_output: o.Json = False,
 ) -> None:  # fmt: skip
     """Continue interrupted renders from where they were saved. Giving the original command again does the same."""
-    jobs = [job for path in paths or [Path()] for job in find(path)]
+    folders = [folder for path in paths or [Path()] for folder in find(path)]
     if list_jobs:
-        _show([job.facts() for job in jobs], json_output=json_output)
+        _list(folders, json_output=json_output)
         return
+    jobs = [_read(folder) for folder in folders]
     if not jobs:
         raise UsageError(
             f"nothing to resume in {Path.cwd()}; give a PATH: a picture, its job's folder, or a folder of jobs"
@@ -96,14 +97,14 @@ def command(
     )  # fmt: skip
 
 
-def find(path: Path) -> list[Found]:
-    """The jobs that `path` names. Raises UsageError and JobError."""
+def find(path: Path) -> list[Path]:
+    """The folders of the jobs that `path` names. Raises UsageError."""
     own = folder_of(path)
     for folder in (path, own):
         if (folder / MANIFEST).exists():
-            return [_read(folder)]
+            return [folder]
     if path.is_dir():
-        return [_read(file.parent) for file in sorted(path.glob(f"*{SUFFIX}/{MANIFEST}"))]
+        return [file.parent for file in sorted(path.glob(f"*{SUFFIX}/{MANIFEST}"))]
     raise UsageError(f"{path}: nothing to resume; start with `tiler render … -o {path}`")
 
 
@@ -129,12 +130,28 @@ def _one_after_another(jobs: list[Found], options: list[str]) -> int:
     return common_code(codes)
 
 
-def _show(found: list[dict[str, Any]], *, json_output: bool) -> None:
+def _picture_beside(folder: Path) -> Path:
+    """The picture of a job's folder, unless its name was shortened or --job-dir moved the folder."""
+    return folder.parent / folder.name.removesuffix(SUFFIX)
+
+
+def _list(folders: list[Path], *, json_output: bool) -> None:
+    """Show the jobs in these folders, also those that cannot be read."""
+    found, damaged = list[dict[str, Any]](), list[dict[str, str]]()
+    for folder in folders:
+        try:
+            found.append(_read(folder).facts())
+        except (JobError, StorageError) as error:
+            damaged.append({"output": str(_picture_beside(folder)), "folder": str(folder), "problem": str(error)})
     if json_output:
-        o.tell({"jobs": found})
+        o.tell({"jobs": found, "damaged": damaged})
         return
-    if not found:
+    if not folders:
         typer.echo("no jobs here")
+    for unread in damaged:
+        is_damaged = "the job is damaged" in unread["problem"]  # not of another version, or of another user
+        said = "damaged; give its render command with --restart" if is_damaged else unread["problem"]
+        typer.echo(f"{unread['output']}: {said}")
     for job in found:
         age = "running now" if job["running"] else f"saved {job['saved']} ago" if job["saved"] else "nothing saved"
         typer.echo(f"{job['output']}: {job['width']}×{job['height']}, {job['at']}, {age}, {job['bytes'] / 1e6:,.1f} MB")

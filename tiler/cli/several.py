@@ -90,9 +90,6 @@ def run(
     if request.save_latents is not None:
         raise UsageError("--save-latents takes the latents of one picture; leave it out with --count or several seeds")
     template = str(request.output or "tiler.png")
-    if not naming.has_placeholder(template):
-        named = Path(template)
-        template = str(named.with_name(f"{named.stem}-{{index}}{named.suffix}"))
     root = Path(output_dir or ".")
     if output_dir:
         _inside(output_dir, "x")
@@ -100,6 +97,10 @@ def run(
         root, template = Path(template).parent, Path(template).name
     if naming.has_placeholder(str(root)):
         raise UsageError(f"--output {template!r}: placeholders work in the file's name, not in its folders ({root})")
+    if not naming.has_placeholder(template):
+        naming.fill(template, index=1, seed=None, prompt=None)  # an error about braces quotes what the user typed
+        named = Path(template)
+        template = str(named.with_name(f"{named.stem}-{{index}}{named.suffix}"))
     checker = queues.Checker(root=root, defaults=_words.get(), name=template, parse=queues.parser(own))
     ceiling, results = queues.ceiling(max_ram), _results_of(root, template, force=request.force)
     every, command = _every(seeds, count), _mark_of(_words.get())

@@ -81,14 +81,8 @@ class Job:
         self._lock.take()
         try:
             if self._request.restart:
-                with suppress(JobError, StorageError):
-                    self.manifest = manifests.read(self.folder / MANIFEST)
-                self._remove(keep=(LOCK,))
-                spool = self.spool_folder(self._request.scratch or self.output.parent)  # where job.json is damaged
-                spools.clear(spool)
-                stored_files.clear(_canvas_beside(spool))
-                self.manifest = None
-            elif (self.folder / MANIFEST).exists():
+                return self  # the old job stays until `begin`: this command may still be refused
+            if (self.folder / MANIFEST).exists():
                 self.manifest = manifests.read(self.folder / MANIFEST)
                 self.resumed = True
             elif self._holds_work():
@@ -103,7 +97,7 @@ class Job:
     ) -> None:
         try:
             if not self._begun:
-                if not self.resumed and self.folder.is_dir() and self._lock.held:
+                if self._lock.held and not (self.folder / MANIFEST).exists() and not self._holds_work():
                     self._remove()
             elif error is None or isinstance(error, NameTaken):
                 if self._request.keep_job:
@@ -141,8 +135,8 @@ class Job:
             return False
 
     def begin(self, manifest: Manifest) -> None:
-        """Create the job folder, or continue with the existing one. Raises JobError naming the first difference between
-        the two, JobLocked and StorageError."""
+        """Create the job folder, in place of an existing one with --restart, or continue with the existing one. Raises
+        JobError naming the first difference between the two, JobLocked and StorageError."""
         if self.manifest is not None:
             if (first := next(manifests.differences(self.manifest, manifest), None)) is not None:
                 raise JobError(
@@ -169,6 +163,8 @@ class Job:
                 ) from error
             if not self._lock.held:
                 self._lock.take()
+            if self._request.restart:
+                self._remove_old()
             self._begun = True
         self.manifest = manifest
         manifests.write(self.folder / MANIFEST, manifest)
@@ -184,8 +180,9 @@ class Job:
         return scratch.absolute() / _name_elsewhere(self.folder)
 
     def held_bytes(self, scratch: Path) -> int:
-        """The disk space that the job's passes and canvas already use."""
-        places = self.spool_folder(scratch), _canvas_of(self.folder, self.manifest)
+        """The disk space that the passes and the canvas of this job, or of the one that it replaces, already use."""
+        spool = self.spool_folder(scratch)
+        places = spool, _canvas_beside(spool) if self.manifest is None else _canvas_of(self.folder, self.manifest)
         return sum(map(spools.bytes_in, places))
 
     @property
@@ -270,6 +267,16 @@ class Job:
         if self._begun:
             with suppress(StorageError):
                 tensors.write(self.folder / REFERENCE, {"reference": reference}, {})
+
+    def _remove_old(self) -> None:
+        """Remove the files of the job that --restart replaces."""
+        with suppress(JobError, StorageError):
+            self.manifest = manifests.read(self.folder / MANIFEST)
+        self._remove(keep=(LOCK,))
+        spool = self.spool_folder(self._request.scratch or self.output.parent)  # where job.json is damaged
+        spools.clear(spool)
+        stored_files.clear(_canvas_beside(spool))
+        self.manifest = None
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
         self.clear_spool()

@@ -26,6 +26,11 @@ _FOREIGN = (
 def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
     """Check that UNet and VAE fit together and generate pictures from text alone. Raises ModelError."""
     latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
+    if channels != latent and unet.get("out_channels", 4) == channels:
+        raise ModelError(
+            f"{checkpoint.name}: the UNet computes latents of {channels} channels, the VAE's have {latent}; these parts do not "
+            "belong together"
+        )
     if channels != latent:
         kind = BY_CHANNELS.get(channels, "a model of another kind")
         raise ModelError(

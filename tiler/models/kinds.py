@@ -239,6 +239,12 @@ def _family_of_unet(part: Content, where: str) -> FamilyRow:
             f"{where}: this is an LCM with embedded guidance, whose single files tiler does not read; use its folder, or a "
             "model with an LCM LoRA merged into it"
         )
+    last = shapes.get("out.2.weight" if original else "conv_out.weight", ())
+    if first[1] != 4 and last[:1] == first[1:2]:  # no channels for another picture beside the latents
+        raise ModelError(
+            f"{where}: the UNet computes latents of {first[1]} channels, those of SD 1.x, 2.x and SDXL have 4; give the folder of "
+            "its whole model with --model"
+        )
     if first[1] != 4:
         what = BY_CHANNELS.get(first[1], "a model of another kind")
         raise ModelError(f"{where}: the UNet takes {first[1]} channels: this is {what}; tiler needs text-to-image")

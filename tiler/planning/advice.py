@@ -15,8 +15,8 @@ _WORTH = 0.98  # of the smallest ceiling: a smaller gain is within a plan's erro
 
 
 def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[ResolvedRequest], MemoryPlan]) -> str:
-    """The options that make the plan fit, or that come nearest to it, as text for the user; "" if none gains anything.
-    `replan` plans a request."""
+    """The options that make the plan fit, or else the one that comes nearest to it, as text for the user; "" if none
+    gains anything. `replan` plans a request."""
     found: list[tuple[str, MemoryPlan]] = []
     for option, changed in _lighter(request, plan.precision):
         try:
@@ -27,7 +27,8 @@ def advise(request: ResolvedRequest, plan: RenderPlan, replan: Callable[[Resolve
             found.append((option, memory))
     if fitting := [option for option, memory in found if memory.fits]:
         return f"; it would fit with {' or with '.join(fitting)}"
-    return "".join(f"; with {option} {memory.smallest_text} is enough" for option, memory in found)
+    nearest = sorted(found, key=lambda each: each[1].smallest_bytes)[:1]
+    return "".join(f"; with {option} {memory.smallest_text} is enough" for option, memory in nearest)
 
 
 def _lighter(request: ResolvedRequest, precision: Precision) -> Iterator[tuple[str, ResolvedRequest]]:

@@ -189,10 +189,10 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
         size = os.fstat(fd).st_size
         start = os.pread(fd, 8, 0)
         if len(start) < 8:
-            raise ModelError(f"{path}: not a safetensors file (header too small: {size} bytes); download it again")
+            raise ModelError(f"{path}: not a {_kind(path)} file (header too small: {size} bytes); download it again")
         length = int.from_bytes(start, "little")
         if length > MAX_HEADER_BYTES or length > size - 8:
-            raise ModelError(f"{path}: {_sniff(os.pread(fd, 512, 0), length, size)}")
+            raise ModelError(f"{path}: {_sniff(os.pread(fd, 512, 0), length, size, _kind(path))}")
         return _parse(path, os.pread(fd, length, 8)), 8 + length, size
     finally:
         os.close(fd)
@@ -211,18 +211,25 @@ def merge_indexes(paths: list[Path]) -> dict[str, TensorInfo]:
     return merged
 
 
-def _sniff(head: bytes, length: int, size: int) -> str:
+def _kind(path: Path) -> str:
+    """What a file's name says it is. One called .gguf may hold safetensors; if it holds neither, GGUF was meant."""
+    return "GGUF" if path.suffix.lower() == ".gguf" else "safetensors"
+
+
+def _sniff(head: bytes, length: int, size: int, kind: str) -> str:
     text = head.lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
         return "this is a Git LFS pointer, not the file itself; run `git lfs pull` or download it again"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "this is a web page saved under a model's name; download the file again"
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "this is a pickle checkpoint under a safetensors name; tiler reads safetensors only"
+        return f"this is a pickle checkpoint under a {kind} name; tiler reads safetensors and GGUF only"
     if head.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP"):
-        return "this is a picture, not a safetensors file; --from repeats a picture, --guide starts from one"
+        return f"this is a picture, not a {kind} file; --from repeats a picture, --guide starts from one"
     if head.startswith(b"GGUF"):
         return "this is a GGUF file under a safetensors name; rename it to NAME.gguf"
+    if kind == "GGUF":
+        return f"not a GGUF file ({size} bytes, which do not start with GGUF); download it again"
     return f"not a safetensors file (the header would be {length} bytes, the file has {size}); download it again"
 
 
@@ -239,7 +246,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: the header is not valid JSON; download the file again") from error
+        what = "the header is not valid JSON" if _kind(path) == "safetensors" else "not a GGUF file"
+        raise ModelError(f"{path}: {what}; download the file again") from error
     if not isinstance(header, dict):
         raise ModelError(f"{path}: the header is not a JSON object; download the file again")
     return header
