@@ -88,6 +88,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.parent, len(LONG)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def trimmed() -> None:
+    """What the tests of other files left is returned, or ceilings in this process would be reached by it."""
+    from tiler.memory import process
+
+    process.trim()
+
+
 @pytest.fixture(autouse=True)
 def short_pauses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A render releases memory at each phase, which takes two thirds of a tiny render's time. Here it does not. In the

@@ -178,7 +178,7 @@ def test_a_silent_terminal_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_render_shows_its_preview_in_the_terminal(
     in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = "render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--no-guide", "--max-ram", "1GB"
+    common = "render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--no-guide", "--max-ram", "2GB"
     refused = in_process(*common, "--preview", "-")
     assert refused.code == 2 and "--preview - needs a terminal on standard error" in refused.err
     with terminal(KITTY, monkeypatch) as seen:

@@ -135,6 +135,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(process, "read_rss", lambda: Rss(now, peak, now, 0, swapped))
         monkeypatch.setattr(process, "reset_peak", lambda: resets)
         monkeypatch.setattr(process, "children_rss", lambda: 0)
+        monkeypatch.setattr(Budget, "rss_bytes", now)
 
     return report
 
