@@ -87,6 +87,10 @@ class JobError(TilerError):
     exit_code = 10
 
 
+class DamagedJob(JobError):
+    """A job's folder is damaged."""
+
+
 class ClusterError(TilerError):
     """No scheduler or no worker can be reached, or none of them may do this work."""
 

@@ -12,7 +12,7 @@ import typer
 
 from tiler.cli import options as o
 from tiler.cli import render
-from tiler.errors import JobError, StorageError, UsageError
+from tiler.errors import DamagedJob, JobError, StorageError, UsageError
 from tiler.jobs import manifest as manifests
 from tiler.jobs.checked import common_code
 from tiler.jobs.folder import folder_of, newest_facts
@@ -111,7 +111,7 @@ def find(path: Path) -> list[Path]:
 def _read(folder: Path) -> Found:
     manifest = manifests.read(folder / MANIFEST)
     if not isinstance(manifest.said.get("output"), str | None):
-        raise JobError(f"{folder / MANIFEST}: the job is damaged; remove {folder}")
+        raise DamagedJob(f"{folder / MANIFEST}: the job is damaged; remove {folder}")
     return Found(folder, manifest)
 
 
@@ -137,21 +137,21 @@ def _picture_beside(folder: Path) -> Path:
 
 def _list(folders: list[Path], *, json_output: bool) -> None:
     """Show the jobs in these folders, also those that cannot be read."""
-    found, damaged = list[dict[str, Any]](), list[dict[str, str]]()
+    found, damaged, said = list[dict[str, Any]](), list[dict[str, str]](), list[str]()
     for folder in folders:
         try:
             found.append(_read(folder).facts())
         except (JobError, StorageError) as error:
-            damaged.append({"output": str(_picture_beside(folder)), "folder": str(folder), "problem": str(error)})
+            picture, is_damaged = str(_picture_beside(folder)), isinstance(error, DamagedJob)
+            damaged.append({"output": picture, "folder": str(folder), "problem": str(error)})
+            said.append(f"{picture}: {'damaged; give its render command with --restart' if is_damaged else error}")
     if json_output:
         o.tell({"jobs": found, "damaged": damaged})
         return
     if not folders:
         typer.echo("no jobs here")
-    for unread in damaged:
-        is_damaged = "the job is damaged" in unread["problem"]  # not of another version, or of another user
-        said = "damaged; give its render command with --restart" if is_damaged else unread["problem"]
-        typer.echo(f"{unread['output']}: {said}")
+    for line in said:
+        typer.echo(line)
     for job in found:
         age = "running now" if job["running"] else f"saved {job['saved']} ago" if job["saved"] else "nothing saved"
         typer.echo(f"{job['output']}: {job['width']}×{job['height']}, {job['at']}, {age}, {job['bytes'] / 1e6:,.1f} MB")

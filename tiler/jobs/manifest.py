@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tiler.errors import JobError, StorageError
+from tiler.errors import DamagedJob, JobError, StorageError
 from tiler.files import replace_file
 from tiler.jobs.coding import decode, encode
 from tiler.request import DecodePrecision, Precision, RenderRequest, ResolvedRequest
@@ -146,7 +146,7 @@ def read(path: Path) -> Manifest:
             raise ValueError("its checksum is wrong")
         return Manifest(**body)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise JobError(f"{path}: the job is damaged ({error}); start over with --restart") from error
+        raise DamagedJob(f"{path}: the job is damaged ({error}); start over with --restart") from error
     except OSError as error:
         raise StorageError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
