@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +100,8 @@ class Streamer:
             return None
         if self.store is not None:
             return self.store.low_rank(layer.key, layer.first, len(layer.weight))
-        rank, weight = self._ranks.get(layer.key), layer.weight
-        if rank is None:
-            return None
-        return LowRank(rank, lambda: (weight.new_empty(rank, *weight.shape[1:]), weight.new_empty(len(weight), rank)))
+        rank = self._ranks.get(layer.key)
+        return None if rank is None else LowRank(rank, _unread)
 
     def is_rotated(self, layer: StreamedLayer) -> bool:
         """Whether a layer is computed in int8 with a weight that was quantised for rotated inputs."""
@@ -320,3 +318,7 @@ def _first(result: object) -> Tensor:
     while not isinstance(result, Tensor):
         result = result[0]  # type: ignore[index]
     return result
+
+
+def _unread() -> NoReturn:
+    raise AssertionError("a plan reads no weights")

@@ -8,7 +8,7 @@ from typing import Any
 
 from tiler.errors import ModelError
 from tiler.models import bounds
-from tiler.models.kinds import BY_CHANNELS
+from tiler.models.kinds import check_inputs
 from tiler.models.required import check_factor
 from tiler.weights.checkpoint import Checkpoint
 
@@ -26,16 +26,8 @@ _FOREIGN = (
 def check_channels(checkpoint: Checkpoint, unet: Config, vae: Config) -> None:
     """Check that UNet and VAE fit together and generate pictures from text alone. Raises ModelError."""
     latent, channels = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    if channels != latent and unet.get("out_channels", 4) == channels:
-        raise ModelError(
-            f"{checkpoint.name}: the UNet computes latents of {channels} channels, the VAE's have {latent}; these parts do not "
-            "belong together"
-        )
-    if channels != latent:
-        kind = BY_CHANNELS.get(channels, "a model of another kind")
-        raise ModelError(
-            f"{checkpoint.name}: the UNet takes {channels} channels, the VAE gives {latent}: this is {kind}; tiler needs text-to-image"
-        )
+    others = f"the VAE's have {latent}; these parts do not belong together"
+    check_inputs(checkpoint.name, channels, unet.get("out_channels", 4), latent, others)
     check_factor(checkpoint, vae)
     bounds.check_prediction(f"{checkpoint.folder / 'unet'}/config.json", unet)
 

@@ -226,7 +226,20 @@ def of_depth(row: FamilyRow, blocks: int) -> FamilyRow:
 
 
 _BY_WIDTH = {768: SD1, 1024: SD2, 2048: SDXL}
-BY_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth-to-image model"}
+_BY_CHANNELS = {9: "an inpainting model", 8: "an InstructPix2Pix model", 7: "an upscaler", 5: "a depth-to-image model"}
+
+
+def check_inputs(where: str, takes: int, gives: int, latent: int, others: str) -> None:
+    """Check that a UNet takes `latent` channels, and none of another picture beside them. `others` says which latents
+    have so many, and what to do. Raises ModelError."""
+    if takes == latent:
+        return
+    if takes == gives:
+        raise ModelError(f"{where}: the UNet computes latents of {takes} channels, {others}")
+    what = _BY_CHANNELS.get(takes, "a model of another kind")
+    raise ModelError(
+        f"{where}: the UNet takes {takes} channels, not {latent}: this is {what}; tiler needs text-to-image"
+    )
 
 
 def _family_of_unet(part: Content, where: str) -> FamilyRow:
@@ -239,15 +252,9 @@ def _family_of_unet(part: Content, where: str) -> FamilyRow:
             f"{where}: this is an LCM with embedded guidance, whose single files tiler does not read; use its folder, or a "
             "model with an LCM LoRA merged into it"
         )
-    last = shapes.get("out.2.weight" if original else "conv_out.weight", ())
-    if first[1] != 4 and last[:1] == first[1:2]:  # no channels for another picture beside the latents
-        raise ModelError(
-            f"{where}: the UNet computes latents of {first[1]} channels, those of SD 1.x, 2.x and SDXL have 4; give the folder of "
-            "its whole model with --model"
-        )
-    if first[1] != 4:
-        what = BY_CHANNELS.get(first[1], "a model of another kind")
-        raise ModelError(f"{where}: the UNet takes {first[1]} channels: this is {what}; tiler needs text-to-image")
+    last = (*shapes.get("out.2.weight" if original else "conv_out.weight", ()), 0)
+    others = "those of SD 1.x, 2.x and SDXL have 4; give the folder of its whole model with --model"
+    check_inputs(where, first[1], last[0], 4, others)
     cross = next((shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     width = cross[-1] if cross else 0
     if width == 1280:
