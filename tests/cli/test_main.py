@@ -136,3 +136,15 @@ def test_a_byte_order_mark_in_a_regions_file(tmp_path: Path) -> None:
         (tmp_path / "r.toml").write_bytes(mark + text.encode())
         prompt, regions = read_regions(tmp_path / "r.toml")
         assert (prompt, regions[0].prompt) == ("sea", "bôat")
+
+
+def test_the_time_of_a_shell_that_became_this_program_does_not_count() -> None:
+    code = (
+        "import time; from tiler.cli import age; time.sleep(0.2); now = age()\n"
+        "started = int(open('/proc/self/stat').read().rpartition(')')[2].split()[19]) / os.sysconf('SC_CLK_TCK')\n"
+        "print(now, time.clock_gettime(time.CLOCK_BOOTTIME) - started)"
+    )
+    command = ["sh", "-c", 'sleep 0.5; exec "$0" -c "$1"', sys.executable, f"import os; {code}"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    own, of_the_process = map(float, ran.stdout.split())
+    assert 0.2 <= own <= of_the_process - 0.49

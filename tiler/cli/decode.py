@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tiler.cli import options as o
 from tiler.memory.budget import Budget, format_mb
@@ -28,12 +29,12 @@ def run(
 
     with ProgressPrinter(budget, quiet=quiet) as printer:
         result = decode(request, budget, printer)
-    facts = result.report
-    said = (
-        f"{o.name_of(result.output)}: {facts['width']}×{facts['height']}, peak {format_mb(budget.peak_rss_bytes)} "
-        f"of {format_mb(budget.max_bytes)}"
-    )
-    o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
+
+    def say(facts: dict[str, Any]) -> str:
+        peak, ceiling = format_mb(budget.peak_rss_bytes), format_mb(budget.max_bytes)
+        return f"{o.name_of(result.output)}: {facts['width']}×{facts['height']}, peak {peak} of {ceiling}"
+
+    o.finish(result, say, report=report, quiet=quiet, json_output=json_output)
 
 
 command = o.command_of(DecodeRequest, run)

@@ -35,7 +35,7 @@ def run(
         f"{result.output}: {len(request.prompts)} prompt{'s' * (len(request.prompts) > 1)}, peak "
         f"{format_mb(budget.peak_rss_bytes)} of {format_mb(budget.max_bytes)}"
     )
-    o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
+    o.finish(result, lambda facts: said, report=report, quiet=quiet, json_output=json_output)
 
 
 command = o.command_of(EncodeRequest, run)

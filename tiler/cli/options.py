@@ -14,12 +14,11 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from tiler.cli import completion, layers
+from tiler.cli import age, completion, layers
 from tiler.cli.repeat import repeat
 from tiler.cli.terminal import closed_streams
 from tiler.errors import StorageError, UsageError
 from tiler.jobs.drawing import NOTED
-from tiler.memory.process import age
 from tiler.request import Region, read_regions, shared
 from tiler.request.choices import FORMATS, LOSSY, MAX_SEED, STDOUT, Format
 from tiler.request.options import Option, Panel
@@ -342,10 +341,18 @@ def tell(facts: Mapping[str, Any], schema: int = 1) -> None:
     typer.echo(json.dumps({"schema": schema, **facts}))
 
 
-def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, json_output: bool) -> None:
+def finish(
+    result: Any,
+    say: Callable[[dict[str, Any]], str],
+    *,
+    report: Path | None = None,
+    quiet: bool,
+    json_output: bool,
+) -> None:
     """Write the file of --report, if asked for, and print the pipeline's `result`: as JSON with --json, else as the
-    line `said`, which goes to standard error if the picture itself went to standard output. Raises StorageError."""
-    result.report.setdefault("seconds", round(age(), 1))  # as the user waited
+    line that `say` makes of its report, which goes to standard error if the picture itself went to standard output.
+    Raises StorageError."""
+    result.report["seconds"] = round(age(), 1)  # as the user waited
     if report is not None:
         from tiler.files import atomic
 
@@ -354,4 +361,4 @@ def finish(result: Any, said: str, *, report: Path | None = None, quiet: bool, j
     if json_output:
         tell({"output": str(result.output), **result.report})
     elif not quiet:
-        typer.echo(said, err=result.output == STDOUT)
+        typer.echo(say(result.report), err=result.output == STDOUT)

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from tiler.cli import age
 from tiler.cli.terminal import duration, harmless
 from tiler.events import (
     Event,
@@ -26,7 +27,6 @@ from tiler.events import (
     Working,
 )
 from tiler.memory.budget import Budget, format_mb
-from tiler.memory.process import age
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -259,7 +259,7 @@ class JsonPrinter:
     use."""
 
     def __init__(self, budget: Budget) -> None:
-        self.budget, self._start = budget, time.monotonic() - age()
+        self.budget = budget
 
     def __enter__(self) -> Self:
         return self
@@ -272,7 +272,7 @@ class JsonPrinter:
             return
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
         facts = {
-            "event": kind, "time": round(time.monotonic() - self._start, 3), **asdict(event),
+            "event": kind, "time": round(age(), 3), **asdict(event),
             "rss_bytes": self.budget.rss_bytes, "max_ram_bytes": self.budget.max_bytes,
         }  # fmt: skip
         with suppress(OSError, ValueError):

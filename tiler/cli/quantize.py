@@ -35,7 +35,7 @@ def run(
     else:
         what = f"{format_mb(facts['bytes'])}, {facts['int8_share']:.1%} of the weights in int8"
     said = f"{result.output}: {what}, peak {format_mb(budget.peak_rss_bytes)}"
-    o.finish(result, said, quiet=quiet, json_output=json_output)
+    o.finish(result, lambda facts: said, quiet=quiet, json_output=json_output)
 
 
 command = o.command_of(QuantizeRequest, run)

@@ -12,8 +12,7 @@ from tiler.cli import options as o
 from tiler.cli import queues, several, supervise
 from tiler.errors import UsageError
 from tiler.files import sha256_of
-from tiler.jobs.drawing import NOTED
-from tiler.memory import process
+from tiler.jobs.drawing import BESIDE, NOTED
 from tiler.request import RenderRequest
 from tiler.request.choices import STDOUT
 
@@ -63,11 +62,13 @@ def run(
 
         with printer_of(budget, quiet=quiet, log_json=log_json) as printer:
             result = render(request, budget, printer)
-        result.report["seconds"] = round(process.age(), 1)  # as the user waited
-        said = supervise.sentence({"output": o.name_of(result.output), **result.report})
+        name = {"output": o.name_of(result.output)}
         if json_output:
             result.report["sha256"] = sha256_of(result.output)
-        o.finish(result, said, report=report, quiet=quiet, json_output=json_output)
+        o.finish(
+            result, lambda facts: supervise.sentence(name | facts), report=report, quiet=quiet,
+            json_output=json_output,
+        )  # fmt: skip
         code = 0
     except BaseException as error:
         code = getattr(error, "exit_code", getattr(error, "code", 1))
@@ -81,7 +82,7 @@ def _tell(command: str, output: Path, code: int) -> None:
     """Run the user's command. If it fails, a note says so and the exit code stays. Its output goes to standard error,
     because standard output may carry the picture or JSON."""
     facts = {"TILER_OUTPUT": "-" if output == STDOUT else str(output.absolute()), "TILER_EXIT_CODE": str(code)}
-    environment = {name: value for name, value in os.environ.items() if name != NOTED} | facts
+    environment = {name: value for name, value in os.environ.items() if name not in (BESIDE, NOTED)} | facts
     done = subprocess.run(command, shell=True, env=environment, stdin=subprocess.DEVNULL, stdout=2, check=False)
     if done.returncode:
         sys.stderr.write(f"note: --on-done {command!r} ended with {done.returncode}\n")

@@ -9,7 +9,6 @@ import mmap
 import os
 import platform
 import resource
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -18,7 +17,6 @@ from typing import NamedTuple
 
 import psutil
 
-_STARTED = 19  # of /proc/PID/stat, behind the name: when it was started, in clock ticks since the system was
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _HEAP, _NEVER = 8 * 2**20, 2**31 - 1  # block size from which malloc maps a block by itself
 _PR_SET_THP_DISABLE, _EXCEPT_ADVISED = 41, 2  # linux/prctl.h
@@ -71,15 +69,6 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def age(pid: int | None = None) -> float:
-    """Seconds since a process, by default this one, was started; time in which the machine slept counts."""
-    with suppress(OSError, ValueError, IndexError, AttributeError):
-        # psutil derives it from the time of the last start, which the kernel gives in whole seconds.
-        fields = Path(f"/proc/{pid or 'self'}/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[_STARTED]) / os.sysconf("SC_CLK_TCK")
-    return time.time() - psutil.Process(pid).create_time()
 
 
 def children_rss() -> int:
