@@ -25,7 +25,7 @@ def command(
         typer.Argument(
             metavar="FILE",
             help=r"jobs.toml with \[\[image]] tables, jobs.jsonl with an object per line, or a text file with a prompt "
-            "per line.",
+            "per line. There, a line that begins with # is a comment; write --prompt '#1 mug' to draw such a prompt.",
         ),
     ],
     output: Annotated[

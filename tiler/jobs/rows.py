@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import tomllib
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -70,6 +71,8 @@ def read_entries(path: Path, at: int = 0, index: int = 0) -> Iterator[Entry]:
                     line = file.readline(MAX_LINE)
                 if too_long:
                     rows = [Row(index + 1, None, (), None, problem=f"a line of more than {MAX_LINE >> 20} MB")]
+                elif parse is _prompt_line and line.removeprefix(BOM_UTF8).startswith(b"#"):
+                    rows = []  # a comment; `--prompt "# …"` and rows in other formats draw such a prompt
                 else:
                     rows = list(_line_rows(line, index, parse)) if line.strip() else []
                 index += len(rows)
