@@ -109,6 +109,25 @@ def test_what_is_typed_wins(tmp_path: Path) -> None:
     assert (values["prompt"], values["num_inference_steps"], values["tiny_vae"]) == ("a boat", 3, None)
 
 
+def test_a_typed_preset_replaces_what_the_picture_says(in_process, tmp_path: Path) -> None:
+    """Also with the model's own steps, where the preset names none; what is typed beside it wins over both."""
+    said = {
+        "prompt": "a boat", "width": 64, "height": 96, "seed": 7, "model": "mini", "num_inference_steps": 3,
+        "strength": 0.2, "guidance_interval": [0.0, 0.3], "layout": "grid", "guidance_scale": 2,
+    }  # fmt: skip
+    path, asked = png(tmp_path / "x.png", tiler=json.dumps(said)), list[RenderRequest]()
+    parse = queues.parser(render.run)
+    asked = [parse(["--from", str(path), *words]) for words in (["--preset", "fast"], ["--preset=fast", "--steps=4"])]
+    assert [(r.num_inference_steps, r.strength, r.layout, r.guidance_scale) for r in asked] == [
+        (None, None, None, 2), (4, None, None, 2)
+    ]  # fmt: skip
+    assert fill(asked[0]).num_inference_steps == 10
+    ran = in_process("plan", "--from", "x.png", "--preset", "fast", "--strength", 0.3)
+    noted = "note: --preset takes the place of the picture's --steps, --guidance-interval, --layout\n"
+    assert ran.code == 0 and noted in ran.err
+    assert "takes the place" not in in_process("plan", "--from", "x.png", env={"TILER_PRESET": "fast"}).err
+
+
 def test_a_spot_drops_the_layout_of_its_picture(tmp_path: Path) -> None:
     (tmp_path / "mask.png").touch()
     said = {"prompt": "a boat", "repaint": "mask.png", "layout": "jitter", "model": "mini"}

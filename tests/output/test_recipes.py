@@ -144,6 +144,9 @@ def test_pictures_that_say_nothing_and_files_that_are_none(tmp_path: Path, in_pr
     assert in_process("info", "x.txt").code == in_process("info", "none.png").code == 2
     png(tmp_path / "y.png", parameters=A1111)
     assert "dream" in in_process("info", "y.png").out
+    png(tmp_path / "z.png", prompt=json.dumps(COMFY))
+    shown = [line[:22].strip() for line in in_process("info", "z.png").out.splitlines()]
+    assert {"--scheduler", "Schedule type"} < set(shown) and len(set(shown)) == len(shown)
     assert in_process("info", "y.png", "--json").json["settings"]["num_inference_steps"] == 20
 
 

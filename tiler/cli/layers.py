@@ -88,6 +88,14 @@ def typed(context: typer.Context, names: Iterable[str]) -> frozenset[str]:
     return frozenset(said | {name for name, others in _GIVES_WAY.items() if not said.isdisjoint(others)})
 
 
+def replaced(context: typer.Context, name: str) -> frozenset[str]:
+    """The parameters whose values elsewhere are void because the parameter `name` was typed, and they were not."""
+    if layer_of(context, name) is not Layer.TYPED:
+        return frozenset()
+    others = (other for other, winners in _GIVES_WAY.items() if name in winners)
+    return frozenset(other for other in others if layer_of(context, other) is not Layer.TYPED)
+
+
 def sources(context: typer.Context, message: str) -> list[str]:
     """Notes on where the options named in an error's `message` come from, for those that were not typed."""
     notes = []

@@ -78,7 +78,8 @@ From = Annotated[
     Path | None,
     typer.Option(
         "--from", rich_help_panel=Panel.PICTURE, metavar="IMG",
-        help="Repeat a picture with the settings in its file, as `tiler info` shows them; options given here win.",
+        help="Repeat a picture with the settings in its file, as `tiler info` shows them; options given here win. "
+        "--preset replaces the picture's steps, strength, guidance interval and layout.",
     ),
 ]  # fmt: skip
 Keys = Annotated[
@@ -112,7 +113,10 @@ def command_of(
             values, notes = _values(offered, given), list[str]()
             if picture is not None:
                 all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
-                found = repeat(picture, layers.typed(context, given), all_fields, values.get("model_dirs", ()))
+                found = repeat(
+                    picture, layers.typed(context, given), all_fields, values.get("model_dirs", ()),
+                    by_preset=layers.replaced(context, "preset"),
+                )  # fmt: skip
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:
                     rest["seeds"] = None  # the picture's own seed is used

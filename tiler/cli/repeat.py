@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiler.errors import ModelError, UsageError
 from tiler.files import sha256_of
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
-from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler
+from tiler.request import Region, RenderRequest, Scheduler, ScheduleType, parse_scheduler
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
@@ -29,9 +30,12 @@ _PARTS = {
 }  # fmt: skip
 _NEVER = (*OF_THE_RUN, "size", "preset", "scale")  # other fields hold what these resolved to
 _UNTOLD = re.compile(
-    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|scheduler|denoise|SDCPP|sampler|"
+    r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|denoise|SDCPP|sampler|"
     r"kernels|model_id|bleed_mm|revision|.*_sha256"
 )
+_FLAGS = {
+    f.name: f.metadata["option"].names[0] for f in dataclasses.fields(RenderRequest) if f.metadata["option"].names
+}
 _INVOKE_WEIGHT = re.compile(r"[\w)][+-]+(?=[\s,.]|$)|\)\d")
 
 
@@ -43,11 +47,13 @@ class Repeated(NamedTuple):
 
 
 def repeat(
-    picture: Path, typed: frozenset[str], defaults: Mapping[str, Any], model_dirs: Sequence[Path] = ()
-) -> Repeated:
+    picture: Path, typed: frozenset[str], defaults: Mapping[str, Any], model_dirs: Sequence[Path] = (), *,
+    by_preset: frozenset[str] = frozenset(),
+) -> Repeated:  # fmt: skip
     """The values that `picture` gives for the fields of a request that are not `typed`. A picture by tiler gives all of
     them: those that it does not mention have their `defaults`. Models are searched in `model_dirs` (--model-dir) and in
-    the folders of the configuration. Raises UsageError, ModelError."""
+    the folders of the configuration. A note names the picture's values that a typed preset replaces, `by_preset`.
+    Raises UsageError, ModelError."""
     fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
@@ -100,6 +106,8 @@ def repeat(
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in OF_THE_RUN}
         values = silent | values
+    if lost := [_FLAGS[name] for name, value in recipe.settings.items() if name in by_preset and value is not None]:
+        notes.append(f"--preset takes the place of the picture's {', '.join(lost)}")
     return Repeated(values, [*_notes(recipe, fields), *notes, *changed])
 
 
@@ -168,7 +176,7 @@ def _scheduler(name: str, recipe: Recipe) -> tuple[Scheduler, ScheduleType | Non
     """The scheduler for a sampler's name in any of several tools, and the schedule type that the name includes. Raises
     ModelError."""
     folded, spread = name.lower().removesuffix("_gpu").strip(), None
-    levels = str(recipe.others.get("Schedule type", recipe.others.get("scheduler", ""))).lower()
+    levels = str(recipe.others.get("Schedule type", "")).lower()
     known = _sampler(folded)
     if known is None and (ending := next((end for end in _ENDINGS if folded.endswith(end)), None)) is not None:
         known, spread = _sampler(folded.removesuffix(ending)), _ENDINGS[ending]
@@ -188,7 +196,7 @@ def _sampler(folded: str) -> Scheduler | None:
 
 def _levels(recipe: Recipe) -> ScheduleType | None:
     """The schedule type that another tool used; None for the scheduler's own. Raises ModelError."""
-    name = str(recipe.others.get("Schedule type", recipe.others.get("scheduler", "")))
+    name = str(recipe.others.get("Schedule type", ""))
     if name.lower() in ("", "automatic", "normal"):
         return None
     try:

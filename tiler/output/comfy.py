@@ -42,7 +42,9 @@ def read_graph(nodes: Mapping[str, Any]) -> Graph:
             settings[key] = side
     if isinstance(model := _follow(known, inputs.get("model"), ("ckpt_name", "unet_name")), str):
         settings["model"] = model.replace("\\", "/").rpartition("/")[2]
-    others: dict[str, Any] = {key: inputs[key] for key in ("scheduler", "denoise") if key in inputs}
+    # What ComfyUI calls the scheduler is AUTOMATIC1111's schedule type, and its sampler is our scheduler.
+    told = {"Schedule type": inputs.get("scheduler"), "denoise": inputs.get("denoise")}
+    others: dict[str, Any] = {name: value for name, value in told.items() if value is not None}
     return Graph(settings, others, "")
 
 
