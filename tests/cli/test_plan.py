@@ -90,6 +90,12 @@ def test_a_prompt_that_cannot_be_drawn_is_exit_2_and_one_line(in_process, tiny: 
     assert ran.code == 2 and len(ran.err.splitlines()) == 1, ran.err
 
 
+def test_a_bracket_that_is_not_closed_is_noted_unless_it_is_text(in_process, tiny: Path) -> None:
+    for emphasis, noted in (("original", True), ("none", False)):
+        ran = in_process("plan", "a (boat", "--model", tiny, "--size", "64", "--emphasis", emphasis)
+        assert ("note: the prompt: ( is not closed and weighs all that follows" in ran.err) is noted, ran.err
+
+
 def test_the_guide_that_was_given_is_named_with_its_size(in_process, tiny: Path, tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "boat.png")
     for size in (("--scale", "2"), ("-W", "128", "-H", "96")):

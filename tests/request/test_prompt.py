@@ -20,6 +20,7 @@ from tiler.request.prompt import (
     parse_schedule,
     split_prompts,
     text_at,
+    unclosed,
 )
 
 
@@ -166,3 +167,13 @@ def test_ten_thousand_brackets_are_read_in_one_go() -> None:
         assert text_at(parse_schedule(text), 0, Stage(1)) == text
         parse_emphasis(text)
     assert parse_emphasis("(" * 10_000 + "a")[0][-1].text.endswith("a")
+
+
+def test_what_a_prompt_leaves_open_is_named() -> None:
+    assert not list(unclosed(r"(a:1.2) [b] \( :) <lora:ink:0.8> <3 [a|b]"))
+    assert list(unclosed("a <lora:ink:0.8 boat")) == ["'<lora:ink:0.8' has no > at its end, and is read as text"]
+    (one,) = unclosed("a (red) (boat, " + "x" * 40)
+    assert one.startswith("( is not closed and weighs all that follows, from '(boat, xxx")
+    (two,) = unclosed("a ((red boat) [b")
+    assert two.startswith("2 brackets are not closed and weigh all that follows, from '((red boat) [b' on; \\( is")
+    assert not list(unclosed("((a", brackets=False))

@@ -10,7 +10,9 @@ from tiler.models.clip import load_tokenizer, read_chunks
 from tiler.models.embeddings import Embeddings
 from tiler.models.family import Family, Guidance
 from tiler.models.reading import Reading
-from tiler.request import ResolvedRequest, TileConditioning, settings
+from tiler.request import Emphasis, ResolvedRequest, TileConditioning, settings
+from tiler.request.prompt import unclosed
+from tiler.request.wording import places_of
 
 
 def read_options(request: ResolvedRequest, models: Models, texts: Sequence[str | None]) -> Reading:
@@ -35,7 +37,10 @@ def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
 
 
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
-    """Notes on options that have no effect with this family."""
+    """Notes on what prompts leave open, and on options that have no effect with this family."""
+    weighed = request.emphasis in (Emphasis.ORIGINAL, Emphasis.NO_NORM)
+    for place, text in places_of(request):
+        yield from (f"{place}: {what}" for what in unclosed(text, brackets=weighed))
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
     readable = bool(_folders(request)) or request.prompt_embeds is not None
     if not readable and any("embedding:" in text for text in texts if text):

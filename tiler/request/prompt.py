@@ -15,7 +15,7 @@ The grammar is described at https://github.com/AUTOMATIC1111/stable-diffusion-we
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Union
 
 MORE = 1.1  # the weight of a pair of round brackets; square ones divide by it
@@ -23,6 +23,7 @@ MAX_DEPTH = 64  # of nested brackets; deeper ones are text
 MAX_WEIGHT = 1000.0  # of one bracket, or of a prompt that AND joins
 
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
+_OPEN_TAG = re.compile(r"<(?:lora|lyco):[^\s<>]*")  # once whole tags are cut
 _AND = re.compile(r"\bAND\b")
 _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 _FACTOR = re.compile(r"(.*?)(?::\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*)?", re.DOTALL)  # of a complete sub-prompt
@@ -111,6 +112,31 @@ def cut_tags(text: str) -> tuple[str, tuple[Tag, ...]]:
     """Return the text without its tags, and the tags in order."""
     tags = tuple(Tag(kind, tuple(rest.split(":"))) for kind, rest in _TAG.findall(text))
     return _TAG.sub("", text), tags
+
+
+def unclosed(text: str, *, brackets: bool = True) -> Iterator[str]:
+    """What a prompt opens and never closes, in words for its user: tags, and brackets unless they are only text."""
+    text, _ = cut_tags(text)
+    for tag in _OPEN_TAG.findall(text):
+        yield f"{_short(tag)!r} has no > at its end, and is read as text"
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    for piece in _PIECE.finditer(text):
+        if piece[0] in opened:
+            opened[piece[0]].append(piece.start())
+        elif starts := opened.get({")": "(", "]": "["}.get(piece[0], ""), []):
+            starts.pop()
+    if brackets and (starts := sorted([*opened["("], *opened["["]])):
+        mark = text[starts[0]]
+        what = (
+            f"{mark} is not closed and weighs"
+            if len(starts) == 1
+            else f"{len(starts)} brackets are not closed and weigh"
+        )
+        yield f"{what} all that follows, from {_short(text[starts[0] :])!r} on; \\{mark} is the character itself"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:29]}…"
 
 
 def split_prompts(text: str) -> tuple[tuple[str, float], ...]:

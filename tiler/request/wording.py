@@ -84,6 +84,17 @@ def _condition(prompt: str, negative: str | None) -> Condition:
     return Condition(parsed.prompts, None if negative is None else parse_prompt(negative, splits=False).prompts[0].text)
 
 
+def places_of(request: RenderRequest) -> Iterator[tuple[str, str]]:
+    """The prompts of a request by what messages call them: first the prompt and the canvas prompt, then those that may
+    hold no tags."""
+    yield "the prompt", request.prompt or ""
+    yield "the canvas prompt", request.canvas_prompt or ""
+    yield "the negative prompt", request.negative_prompt or ""
+    for region in request.regions:
+        yield "a region's prompt", region.prompt
+        yield "a region's negative prompt", region.negative_prompt or ""
+
+
 def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
     """The <lora:…> and <lyco:…> tags of the prompt, followed by those that only the canvas prompt has. Raises
     UsageError for tags of other kinds, and for tags in a region or a negative prompt, because LoRAs change the weights
@@ -98,11 +109,8 @@ def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
     for tag in found:
         if tag.kind not in LORA_TAGS:
             raise UsageError(f"{tag}: tiler does not know this kind of tag; remove it from the prompt")
-    elsewhere = [("the negative prompt", request.negative_prompt)]
-    for region in request.regions:
-        elsewhere += [("a region's prompt", region.prompt), ("a region's negative prompt", region.negative_prompt)]
-    for place, text in elsewhere:
-        for tag in parse_prompt(text or "").tags:
+    for place, text in list(places_of(request))[2:]:
+        for tag in parse_prompt(text).tags:
             raise UsageError(f"{tag}: a tag counts for the whole picture; move it from {place} to the prompt")
     return tuple(found)
 
