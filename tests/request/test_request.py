@@ -138,3 +138,12 @@ def test_what_cannot_be_meant_is_refused(values: dict[str, Any], named: str) -> 
 def test_help_names_every_scheduler() -> None:
     (option,) = (f.metadata["option"] for f in fields(RenderRequest) if f.name == "scheduler")
     assert all(scheduler.value in option.help for scheduler in Scheduler)
+
+
+def test_a_slash_behind_a_name_is_no_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completion of a folder's name adds one; a folder that exists is taken as it was typed."""
+    monkeypatch.chdir(tmp_path)
+    said = RenderRequest(prompt="x", model="mini/", decode="tiny", tiny_vae="org/taesd/")
+    assert (said.model, said.tiny_vae, QuantizeRequest(model="org/name/").model) == ("mini", "org/taesd", "org/name")
+    (tmp_path / "mini").mkdir()
+    assert RenderRequest(prompt="x", model="mini/").model == "mini/"

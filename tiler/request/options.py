@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import field, fields
 from enum import StrEnum
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from tiler.errors import UsageError
+
+_MODELS = "model", "tiny_vae"  # fields that may hold a name or a hub id
 
 
 class Panel(StrEnum):
@@ -62,6 +65,8 @@ def coerce(request: Any) -> None:
                 value = _choice(item.name, value, choice, option)
             elif Path in kinds:
                 value = Path(value)
+            elif item.name in _MODELS and not os.path.isdir(value):
+                value = value.rstrip("/")  # completion adds one; a folder may be called `mini` too
         elif isinstance(value, Path) and str in kinds and Path not in kinds:
             value = str(value)
         elif isinstance(value, float) and int in kinds and float not in kinds:
