@@ -72,7 +72,8 @@ def _encode(requests: list[RenderRequest], budget: Budget, on_event: OnEvent) ->
     ]
     if not missing:
         return 0
-    run.plan.memory.check()
+    if not run.plan.memory.fits:
+        return 0  # each picture is refused in its turn
     phases.prepare_weights(run)
     with run.phase(f"prompts of {len(requests)} pictures", 1):
         for some in _shares(run, missing):

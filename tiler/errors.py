@@ -3,7 +3,9 @@ has its own exit code."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class TilerError(Exception):
@@ -25,14 +27,15 @@ class ModelError(TilerError):
 
 
 class BudgetRefused(TilerError):
-    """The plan needs more memory than the ceiling; nothing was started. With `smallest_bytes`, if known, it would
-    fit."""
+    """The plan needs more memory than the ceiling; nothing was started. With `smallest_bytes`, if known, it would fit;
+    `table` shows the memory of each phase, and `facts` are what programs are told of the plan besides."""
 
     exit_code = 4
 
-    def __init__(self, message: str, smallest_bytes: int | None = None) -> None:
+    def __init__(self, message: str, smallest_bytes: int | None = None, table: str = "") -> None:
         super().__init__(message)
-        self.smallest_bytes = smallest_bytes
+        self.smallest_bytes, self.table = smallest_bytes, table
+        self.facts: Mapping[str, Any] = {}
 
 
 class BudgetExceeded(TilerError):

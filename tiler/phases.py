@@ -91,8 +91,9 @@ def start(
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
     on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
     on_loras = *notes_on_loras(settings, models, spoken.read_as), *models.loras.notes
+    warning = memory_warning(budget.max_bytes, beside_bytes=budget.beside_bytes)
     slow = f"torch computes, not tiler's own kernels: {why}" if (why := library.fault_of_file()) else None
-    others = repainting.note_on_format(settings), memory_warning(budget.max_bytes), slow
+    others = repainting.note_on_format(settings), warning, slow
     run.tell((*on_prompts, *on_loras, *found.notes, *family.notes, *plan.notes, *others))
     return run
 
@@ -113,10 +114,12 @@ def make_plan(
     *,
     encoded: bool = False,
     embeds: bool = False,
+    rss_bytes: int | None = None,
 ) -> RenderPlan:
     """Cut the canvas into tiles unless `tiling` is given, build the models, measure the process, and plan. Prompts that
     are already `encoded` need no text encoder; prompts that name embeddings (`embeds`) may be longer than their words.
-    The decoding methods that a job started with are kept. Raises TilerError."""
+    The decoding methods that a job started with are kept. A second plan is given the `rss_bytes` of the first one,
+    which has left memory behind. Raises TilerError."""
     tiling = tiling or plan_tiling(request, models.family)
     # packing int8 weights reads all parts
     models.build(encoders=not encoded or encoding.precision_of(request, models.family) is Precision.INT8)
@@ -127,6 +130,8 @@ def make_plan(
         facts = measure(request.scratch_folder, picture)
         if path is not None and not whole:
             facts = replace(facts, guide_load_bytes=load_bytes(path))
+    if rss_bytes is not None:
+        facts = replace(facts, rss_bytes=rss_bytes)
     if job is not None:  # the job's own files count as free space: they are replaced or reused
         held = job.held_bytes(request.scratch_folder)
         facts = replace(facts, scratch_free_bytes=facts.scratch_free_bytes + held)
@@ -147,7 +152,9 @@ def advice(run: RenderRun) -> str:
 def replan(run: RenderRun, request: ResolvedRequest) -> RenderPlan:
     """The plan for another request with the run's models and budget. Raises TilerError."""
     embeds, encoded = bool(run.spoken.read_as.embeddings), run.plan.encoded
-    plan = make_plan(request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds)
+    plan = make_plan(
+        request, run.models, run.budget.max_bytes, encoded=encoded, embeds=embeds, rss_bytes=run.plan.rss_bytes
+    )
     return replace(plan, memory=replace(plan.memory, beside_bytes=run.budget.beside_bytes))
 
 

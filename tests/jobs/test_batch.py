@@ -114,10 +114,11 @@ def test_quiet_keeps_what_failed(in_process, tmp_path: Path) -> None:
     lines = ['{"size": 0}', '{"prompt": "a" "b"}', '{"seed": [1, 2], "size": 0}', '{"steps": [1, 2]}']
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     ran = in_process("batch", "x.jsonl", "--quiet", "--output-dir", "new")
-    told = ran.err.splitlines()
-    assert (ran.code, ran.out, [line.partition(":")[0] for line in told]) == (2, "", [f"row {n}" for n in range(1, 6)])
-    assert "not valid JSON: expecting ',' delimiter at column 16" in told[1]
-    assert "steps takes one value, not [1, 2]" in told[4]
+    first, second, fifth, alike = ran.err.splitlines()
+    assert (ran.code, ran.out) == (2, "") and first.startswith("row 1: failed with exit code 2: --size 0 is out of")
+    assert second.startswith("row 2:") and "not valid JSON: expecting ',' delimiter at column 16" in second
+    assert fifth.startswith("row 5:") and "steps takes one value, not [1, 2]" in fifth
+    assert alike == "row 1: 2 more rows failed for the same reason"
     assert (tmp_path / "new").is_dir()
 
 
@@ -170,6 +171,15 @@ def test_lines_of_prompts_as_automatic1111_reads_them(tmp_path: Path) -> None:
     assert tiled.words == ("--wrap=xy",) and output_of(tiled, tmp_path).parent == tmp_path / "walls"
     assert any("walls" in note for note in tiled.notes) and any("restore_faces" in note for note in tiled.notes)
     assert bad.problem == "unknown tag --colour"
+
+
+def test_lines_that_begin_with_a_number_sign_are_comments(tmp_path: Path) -> None:
+    """In a file of prompts alone; a prompt that begins so follows --prompt there."""
+    text = "\ufeff# my prompts\na mug\n#\n--prompt '# 1' --steps 3\na #2 mug\n"
+    found = rows(tmp_path, "prompts.txt", text)
+    assert [(row.index, row.prompt) for row in found] == [(1, "a mug"), (2, "# 1"), (3, "a #2 mug")]
+    (drawn,) = rows(tmp_path, "rows.jsonl", '{"prompt": "# 1"}\n')
+    assert drawn.prompt == "# 1"
 
 
 def test_30_bombs_and_broken_lines_are_their_rows_problem(tmp_path: Path) -> None:
@@ -297,7 +307,7 @@ def test_several_pictures_of_one_command(
     assert ran.code == 0, ran.err
     assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "a-boat-4.png"]
-    taken = 'mkdir -p away; mv "$TILER_OUTPUT" away/; echo finished'
+    taken = 'test -z "$TILER_BESIDE" && mkdir -p away; mv "$TILER_OUTPUT" away/; echo finished'
     ran = in_process(*common, "--seed", "5,6", "-o", "x-{seed}.png", "--json", "--on-done", taken)
     assert ran.code == 0, ran.err
     assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [5, 6]  # whatever the command prints or does

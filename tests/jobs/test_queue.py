@@ -25,13 +25,14 @@ from tiler.cli import queues, supervise
 from tiler.cli import render as cli_render
 from tiler.cli.listening import Listener
 from tiler.cli.terminal import prepare_signals
-from tiler.errors import BudgetRefused
+from tiler.errors import BudgetExceeded, BudgetRefused
 from tiler.jobs import claims
 from tiler.jobs.checked import Checked
-from tiler.jobs.drawing import BESIDE, OWN_BYTES, Drawings, Ended
+from tiler.jobs.drawing import BESIDE, Drawings, Ended
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import Results, file_of
 from tiler.jobs.rows import Row
+from tiler.memory.budget import Budget
 from tiler.weights.encoders import has_large_encoder
 
 COMMON = ("--size", 64, "--steps", 1, "--nice", 0, "--max-ram", "1GB")
@@ -132,6 +133,23 @@ def test_advice_on_the_ceiling_counts_the_process_of_the_queue(in_process: Any, 
 
     alone = smallest({})
     assert abs(smallest({BESIDE: "20000000"}) - alone - 20) <= 8  # what the tests' process takes meanwhile
+
+
+def test_a_refused_row_names_the_ceiling_that_was_given(in_process: Any, tiny: Path) -> None:
+    """Its process leaves the error to the process of the queue."""
+    command = ["render", "x", "--model", tiny, "--size", 64, "--max-ram", "30MB", "--json"]
+    ran = in_process(*command, env={BESIDE: "20000000"})
+    assert ran.code == 4 and "phase " not in ran.err and "tiler:" not in ran.err
+    named = "97% of 10 MB (the ceiling of 30 MB less 20 MB for the queue's other processes); the smallest"
+    assert named in ran.json["error"] and "\n" not in ran.json["error"] and ran.json["smallest_bytes"] > 10**7
+    ran = in_process(*command)
+    _, *table, last = ran.err.splitlines()  # a note comes first
+    assert ran.code == 4 and table[0].startswith("phase ") and last == f"tiler: {ran.json['error']}"
+    with (
+        pytest.raises(BudgetExceeded, match=r"^20 MB \(the ceiling of 30 MB less 10 MB"),
+        Budget("30MB", beside_bytes=10**7) as b,
+    ):
+        b.check("canvas")
 
 
 def test_a_row_belongs_to_one_machine(tmp_path: Path) -> None:
@@ -396,8 +414,25 @@ def test_what_no_picture_of_a_command_can_have_ends_it_once(tmp_path: Path, monk
 
 def test_a_finished_picture_is_told_with_the_whole_ceiling_and_the_time() -> None:
     report = {"output": "a.png", "width": 64, "height": 8, "seed": 3, "peak_rss_bytes": 335e6, "seconds": 75.3}
-    said = supervise.sentence(report | {"max_ram_bytes": 780_000_000}, OWN_BYTES)
+    said = supervise.sentence(report | {"max_ram_bytes": 780_000_000}, 800_000_000)
     assert said == "a.png: 64×8, seed 3, peak 335 MB of 800 MB, in 1 min 15 s"
+    said = supervise.sentence(report | {"max_ram_bytes": 390_000_000}, 800_000_000, shares=True)
+    assert said == "a.png: 64×8, seed 3, peak 335 MB of 390 MB, its share of 800 MB, in 1 min 15 s"
+
+
+def test_rows_that_fail_for_the_same_reason_say_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warned = list[str]()
+    played = Played({1: [3], 2: [0], 3: [3], 4: [3], 5: [7]})
+    rows = [row(tmp_path, number) for number in range(1, 7)]
+    tally = play(played, tmp_path, [*rows, rows[0]], monkeypatch, warn=warned.append)
+    assert warned == [
+        "row 1: failed with exit code 3: full",
+        f"row 1: failed with exit code 2: {tmp_path / '1.png'} is the output of another row too",
+        "row 1: 3 more rows failed for the same reason",
+    ]
+    assert str(tally) == "2 done, 5 failed (rows 1, 3, 4, 5, 1)" and tally.exit_code == 1
+    noted = [json.loads(line) for line in (tmp_path / "q.jsonl.results.jsonl").read_text().splitlines()]
+    assert [each["exit_code"] for each in noted if each["row"] == 5] == [7]  # each row has its own line there
 
 
 def test_processes_are_heard_line_by_line_and_end_with_their_words() -> None:

@@ -41,8 +41,10 @@ def end(error: BaseException) -> NoReturn:
     message, code = _explained(error)
     if isinstance(error, Interrupted):  # the process of a queue says for all pictures what becomes of them
         _fail("" if BESIDE in os.environ else message, code, (), {})
-    smallest = getattr(error, "smallest_bytes", None)
-    _fail(message, code, getattr(error, "__notes__", []), {} if smallest is None else {"smallest_bytes": smallest})
+    notes, smallest = getattr(error, "__notes__", []), getattr(error, "smallest_bytes", None)
+    facts = {**getattr(error, "facts", {})} | ({"notes": notes} if notes else {})
+    facts |= {} if smallest is None else {"smallest_bytes": smallest}
+    _fail(message, code, notes, facts, getattr(error, "table", ""))
 
 
 def _explained(error: BaseException) -> tuple[str, int]:
@@ -100,15 +102,17 @@ def why_invalid(error: BaseException) -> str:
     return _WHY.get(found.get("type", ""), "").format(**found.get("ctx", {}))
 
 
-def _fail(message: str, code: int, notes: Sequence[str], facts: Mapping[str, int]) -> NoReturn:
+def _fail(message: str, code: int, notes: Sequence[str], facts: Mapping[str, Any], table: str = "") -> NoReturn:
+    as_json = "--json" in sys.argv  # programs read errors from where they read results
     with suppress(OSError, ValueError):  # stderr may be closed; the exit code remains
         if os.environ.get("TILER_DEBUG"):
             traceback.print_exc()
-        lines = [*([f"tiler: {message}"] if message else []), *notes]
-        sys.stderr.write("".join(f"{harmless(line)}\n" for line in lines))
+        lines = [table, f"tiler: {message}" if message else "", *notes]
+        if not (as_json and BESIDE in os.environ):  # else the process of a queue reads the error and tells it
+            sys.stderr.write("".join(f"{harmless(line)}\n" for line in lines if line))
         sys.stderr.flush()
     with suppress(OSError, ValueError):
-        if message and code and "--json" in sys.argv:  # programs read errors from where they read results
+        if message and code and as_json:
             print(json.dumps({"schema": 1, "error": message, "exit_code": code, **facts}))
         sys.stdout.flush()
     sys.exit(code)

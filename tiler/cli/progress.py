@@ -145,13 +145,13 @@ class ProgressPrinter:
             self._print(event)
 
     def _memory(self) -> str:
-        return f"{format_mb(self.budget.rss_bytes)} now, {format_mb(self.budget.peak_rss_bytes)} peak of {format_mb(self.budget.max_bytes)}"
+        return f"{format_mb(self.budget.rss_bytes)} now, {format_mb(self.budget.peak_rss_bytes)} peak of {format_mb(self.budget.asked_bytes)}"
 
     def _status(self) -> str:
         return f"peak {format_mb(self.budget.peak_rss_bytes)}{self._saved}"
 
     def _of(self) -> str:
-        return f"{self.budget.rss_bytes / 1e6:,.0f} of {format_mb(self.budget.max_bytes)}"
+        return f"{self.budget.rss_bytes / 1e6:,.0f} of {format_mb(self.budget.asked_bytes)}"
 
     def _draw(self, event: Event) -> None:
         assert self._bar is not None

@@ -20,7 +20,7 @@ from tiler.cli.listening import Listener
 from tiler.cli.terminal import duration, harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted, TilerError
 from tiler.jobs.checked import Checked
-from tiler.jobs.drawing import NOTED, OWN_BYTES, end, popen
+from tiler.jobs.drawing import NOTED, end, popen
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
 
@@ -80,11 +80,12 @@ def run(spec: Spec) -> int:
             fail_fast=spec.fail_fast,
             encode=_encoder(spec),
             say=say,
-            warn=_speaker(silent=spec.silent and not spec.is_batch),
+            warn=_speaker(silent=False),
             finished=_printer(
                 quiet=spec.quiet or spec.is_batch,
                 json_output=spec.json_output,
-                beside_bytes=0 if spec.cluster else OWN_BYTES,
+                ceiling_bytes=spec.max_ram_bytes,
+                shares=bool(spec.cluster),
             ),
             together=partial(_together, spec, stack, say) if spec.cluster else None,
             hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json).hear
@@ -104,12 +105,14 @@ def run(spec: Spec) -> int:
     return tally.exit_code
 
 
-def sentence(report: dict[str, Any], beside_bytes: int = 0) -> str:
-    """The line that is printed for a finished picture. `beside_bytes` of the ceiling were not the picture's own."""
-    peak, ceiling = report["peak_rss_bytes"], report["max_ram_bytes"] + beside_bytes
+def sentence(report: dict[str, Any], ceiling_bytes: int = 0, *, shares: bool = False) -> str:
+    """The line that is printed for a finished picture. In a queue, `ceiling_bytes` were given for all processes; if the
+    picture `shares` them with other pictures, its share is named too."""
+    own = report["max_ram_bytes"]
+    of = f"{own / 1e6:,.0f} MB, its share of {ceiling_bytes / 1e6:,.0f} MB"
     return (
         f"{report['output']}: {report['width']}×{report['height']}, seed {report['seed']}, "
-        f"peak {peak / 1e6:,.0f} MB of {ceiling / 1e6:,.0f} MB, "
+        f"peak {report['peak_rss_bytes'] / 1e6:,.0f} MB of {of if shares else f'{(ceiling_bytes or own) / 1e6:,.0f} MB'}, "
         f"in {duration(report['seconds'])}"
     )
 
@@ -258,10 +261,10 @@ def _speaker(*, silent: bool) -> Callable[[str], None]:
     return (lambda text: None) if silent else (lambda text: print(harmless(text), file=sys.stderr, flush=True))
 
 
-def _printer(*, quiet: bool, json_output: bool, beside_bytes: int) -> Callable[[dict[str, Any]], None]:
+def _printer(*, quiet: bool, json_output: bool, ceiling_bytes: int, shares: bool) -> Callable[[dict[str, Any]], None]:
     if json_output:
         return lambda report: print(json.dumps(report), flush=True)
-    return lambda report: None if quiet else print(sentence(report, beside_bytes), flush=True)
+    return lambda report: None if quiet else print(sentence(report, ceiling_bytes, shares=shares), flush=True)
 
 
 def command_line(spec: Spec) -> list[str]:

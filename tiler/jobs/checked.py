@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED
 
-SHOWN = 10  # failed rows named in the summary
+SHOWN = 10  # failed rows named in the summary, and different errors that are remembered
 _ORDER = (DONE, SKIPPED, ELSEWHERE, INTERRUPTED, FAILED)  # of the summary
 
 
@@ -45,6 +45,25 @@ class Tally:
     statuses: Counter[str] = field(default_factory=Counter)
     codes: set[int] = field(default_factory=set)
     failed: list[int] = field(default_factory=list)  # the first failed rows
+    _alike: dict[str, list[int]] = field(default_factory=dict)  # by error: its first row, and how many more had it
+
+    def note_failure(self, row: int, code: int, error: str) -> bool:
+        """Count a failed row. Returns whether its error has to be told, as no row before had the same one."""
+        self.statuses[FAILED] += 1
+        self.codes.add(code)
+        self.failed += [row] * (len(self.failed) < SHOWN)
+        if error in self._alike:
+            self._alike[error][1] += 1
+            return False
+        if len(self._alike) < SHOWN:
+            self._alike[error] = [row, 0]
+        return True
+
+    def repeated(self) -> Iterator[str]:
+        """A line for each error that several rows had."""
+        for first, more in self._alike.values():
+            if more:
+                yield f"row {first}: {more} more row{'s' * (more > 1)} failed for the same reason"
 
     @property
     def exit_code(self) -> int:

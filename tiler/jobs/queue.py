@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tiler.errors import BudgetRefused, Interrupted, JobLocked, StorageError, TilerError, UsageError
 from tiler.jobs import claims, layout
-from tiler.jobs.checked import SHOWN, Checked, Tally
+from tiler.jobs.checked import Checked, Tally
 from tiler.jobs.drawing import OWN_BYTES, Drawings, Ended
 from tiler.jobs.results import DONE, ELSEWHERE, FAILED, INTERRUPTED, SKIPPED, Results
 
@@ -105,6 +105,8 @@ class Queue:
                 self._interrupt(signal.SIGTERM)
                 raise
             self._interrupt(signal.SIGTERM)  # what is still under way after a failure that ends the queue
+            for line in self.tally.repeated():
+                self.warn(line)
         return self.tally
 
     def _draw_all(self, rows: Iterable[Iterable[Checked]]) -> None:
@@ -248,7 +250,7 @@ class Queue:
         return self._touched + claims.TOUCH_EVERY - now
 
     def _finish(self, under_way: _Open, ended: Ended) -> None:
-        turn, row, told = under_way.turn, under_way.turn.row, ended.told
+        turn, row, said = under_way.turn, under_way.turn.row, _said_in(ended.told)
         facts: dict[str, Any] = {
             "started": under_way.started, "seconds": round(time.monotonic() - under_way.start, 1),
         }  # fmt: skip
@@ -260,24 +262,24 @@ class Queue:
             self.say(f"row {row.row}: a file could not be written; trying again after the other rows")
             self._later.append(row)
             return
-        if code == BudgetRefused.exit_code and self._retries(turn, under_way.share_bytes, told):
+        if code == BudgetRefused.exit_code and self._retries(turn, under_way.share_bytes, said.get("smallest_bytes")):
             return
         if code == 0:
-            report = json.loads(told)
-            facts |= {name: report[name] for name in ("seed", "peak_rss_bytes", "versions", "sha256")}
-            self.finished(report)
+            facts |= {name: said[name] for name in ("seed", "peak_rss_bytes", "versions", "sha256")}
+            self.finished(said)
         else:
-            facts["error"] = _error_in(told, ended.returncode)
-        self._note(row, DONE if code == 0 else FAILED, code, facts)
+            facts["error"] = said.get("error") or _why(ended.returncode)
+        self._note(row, DONE if code == 0 else FAILED, code, facts, said.get("notes", ()))
         # Last: if the note is lost, the job still says that it is finished.
         if code == 0 and "--keep-job" not in row.words and not (self.shared and not claims.is_ours(Path(row.job))):
             layout.remove(Path(row.job))
 
-    def _retries(self, turn: _Turn, share: int, told: bytes) -> bool:
-        """Whether a row that needs more than its share has its turn again as soon as so much is free."""
+    def _retries(self, turn: _Turn, share: int, smallest: int | None) -> bool:
+        """Whether a row that needs more than its share has its turn again as soon as so much is free; `smallest` is the
+        ceiling in bytes that would do, as far as it is known."""
         assert self._limits is not None
         room = self._limits.room_bytes
-        needs = _smallest_in(told) or room
+        needs = smallest or room
         if share >= room or not share < needs <= room:
             return False
         self.say(f"row {turn.row.row}: waits until more of the ceiling is free")
@@ -303,14 +305,11 @@ class Queue:
             if self.shared:
                 claims.release(Path(under_way.turn.row.job))
 
-    def _note(self, row: Checked, status: str, code: int, facts: dict[str, Any]) -> None:
-        tally = self.tally
-        tally.statuses[status] += 1
-        if status == FAILED:
-            tally.codes.add(code)
-            tally.failed += [row.row] * (len(tally.failed) < SHOWN)
-            why = "" if "started" in facts else f": {facts['error']}"  # else the picture's process has printed it
-            self.warn(f"row {row.row}: failed with exit code {code}{why}")
+    def _note(self, row: Checked, status: str, code: int, facts: dict[str, Any], notes: Sequence[str] = ()) -> None:
+        if status != FAILED:
+            self.tally.statuses[status] += 1
+        elif self.tally.note_failure(row.row, code, facts["error"]):
+            self.warn("; ".join((f"row {row.row}: failed with exit code {code}: {facts['error']}", *notes)))
         self.results.note(
             {
                 "row": row.row, "digest": f"{row.digest:016x}", "status": status, "exit_code": code,
@@ -331,22 +330,20 @@ def _batches(rows: Iterable[Checked]) -> Iterator[list[Checked]]:
         yield batch
 
 
-def _error_in(told: bytes, returncode: int) -> str:
-    """The error in a process's `--json` output."""
+def _said_in(told: bytes) -> dict[str, Any]:
+    """A process's `--json` output, its report or its error; empty if it ended without a word."""
     try:
-        return str(json.loads(told)["error"])
-    except (ValueError, KeyError, TypeError):
-        if returncode == -signal.SIGKILL:
-            return "killed, perhaps by the system for want of memory; lower --max-ram"
-        return "its process ended without a word"
+        said = json.loads(told)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
-def _smallest_in(told: bytes) -> int | None:
-    """The ceiling in bytes that would do, of a process that was refused, as far as its `--json` output says it."""
-    try:
-        return int(json.loads(told)["smallest_bytes"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def _why(returncode: int) -> str:
+    """The error of a process that has told none."""
+    if returncode == -signal.SIGKILL:
+        return "killed, perhaps by the system for want of memory; lower --max-ram"
+    return "its process ended without a word"
 
 
 def _add(found: array[int], value: int) -> bool:

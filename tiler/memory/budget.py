@@ -59,6 +59,15 @@ def format_mb(nbytes: float) -> str:
     return f"{nbytes / 1e6:,.0f} MB"
 
 
+def name_ceiling(max_bytes: int, beside_bytes: int = 0) -> str:
+    """How messages name a process's ceiling of `max_bytes`; the ceiling that the user gave covers `beside_bytes` of
+    other processes too."""
+    if not beside_bytes:
+        return f"the ceiling of {format_mb(max_bytes)}"
+    whole, others = format_mb(max_bytes + beside_bytes), format_mb(beside_bytes)
+    return f"{format_mb(max_bytes)} (the ceiling of {whole} less {others} for the queue's other processes)"
+
+
 def _ceiling(max_ram: str | int) -> int:
     """Parse a ceiling into bytes; "auto" takes nine tenths of the memory that is free now. Raises UsageError."""
     if str(max_ram).strip().lower() == "auto":
@@ -144,6 +153,11 @@ class Budget:
         return self._peak
 
     @property
+    def asked_bytes(self) -> int:
+        """The ceiling that the user gave for all processes together."""
+        return self.max_bytes + self.beside_bytes
+
+    @property
     def rss_bytes(self) -> int:
         """The RSS now. Children are included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
@@ -169,7 +183,8 @@ class Budget:
         if max(self.rss_bytes, self._peak) >= self.max_bytes:
             would_do = -(-int(self.peak_rss_bytes / MARGIN + self.beside_bytes) // _ROUND) * _ROUND
             raise BudgetExceeded(
-                f"the ceiling of {format_mb(self.max_bytes)} was reached at {where} (peak {format_mb(self.peak_rss_bytes)}); "
+                f"{name_ceiling(self.max_bytes, self.beside_bytes)} was reached at {where} "
+                f"(peak {format_mb(self.peak_rss_bytes)}); "
                 f"--max-ram {would_do // 10**6}MB would have been enough, and a smaller --size needs less"
             )
 

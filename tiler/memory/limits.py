@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from tiler.errors import BudgetExceeded
-from tiler.memory.budget import format_mb
+from tiler.memory.budget import format_mb, name_ceiling
 
 _PROC = Path("/proc/self")
 _LEAST = (
@@ -48,24 +48,24 @@ def ceiling_for_us(proc: Path = _PROC) -> int:
     return int(_OURS * min([free, *(allowed for _, allowed in _user_limits())]) / 1e6) * 10**6
 
 
-def memory_warning(ceiling: int, proc: Path = _PROC) -> str | None:
-    """A warning if something is likely to end the run below a ceiling of `ceiling` bytes: a lower limit, or too little
-    free memory. None otherwise."""
-    named = format_mb(ceiling)
+def memory_warning(ceiling: int, proc: Path = _PROC, *, beside_bytes: int = 0) -> str | None:
+    """A warning if something is likely to end the run below a ceiling of `ceiling` bytes, beside which other processes
+    have `beside_bytes`: a lower limit, or too little free memory. None otherwise."""
+    named = name_ceiling(ceiling, beside_bytes)
     if (limit := cgroup_limit(proc)) is not None and limit < ceiling:
         return (
-            f"this container or control group may use {format_mb(limit)} of memory, less than the ceiling of {named}: a run "
+            f"this container or control group may use {format_mb(limit)} of memory, less than {named}: a run "
             f"that needs more is killed without a word; raise that limit, or give --max-ram {int(0.95 * limit / 1e6)}MB"
         )
     for name, allowed in _user_limits():
         if allowed < ceiling:
-            return f"{name} is {format_mb(allowed)}, less than the ceiling of {named}: allocations may be refused; raise it"
+            return f"{name} is {format_mb(allowed)}, less than {named}: allocations may be refused; raise it"
     free = (
         available_ram(proc)[0] + psutil.Process().memory_info().rss
     )  # our own memory counts under the ceiling already
     if free < ceiling:
         return (
-            f"{format_mb(free)} of memory are free, less than the ceiling of {named}: the run may swap or be killed; "
+            f"{format_mb(free)} of memory are free, less than {named}: the run may swap or be killed; "
             "end other programs, or lower --max-ram"
         )
     return None

@@ -80,6 +80,7 @@ class RenderPlan(Tiling):
     notes: tuple[str, ...]  # for the user, on the scheduler and on where the canvas is stored
     encoded: bool  # whether all prompts are already encoded, and no text encoder is read
     stored: bool  # whether the canvas is stored in files
+    rss_bytes: int  # of the process, which the plan started from
 
     @property
     def shape(self) -> Shape:
@@ -243,6 +244,7 @@ def plan_render(
         family=family,
         encoded=encoded,
         stored=on_disk,
+        rss_bytes=facts.rss_bytes,
         batch=batch,
         resident=resident,
         decoder=models.decoder,

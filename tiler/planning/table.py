@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tiler.errors import BudgetRefused
-from tiler.memory.budget import format_mb
+from tiler.memory.budget import format_mb, name_ceiling
 from tiler.memory.tuning import MARGIN
 
 WIDTH = 80  # columns of a terminal
+# The memory of a process may differ by so much from that of the next one: by 140 kB among six (`tiler plan --json`).
+_SPREAD_BYTES = 250_000
+
+
+def whole_mb(nbytes: int) -> int:
+    """A ceiling of `nbytes` in MB as people are told it: rounded up, and so that it suits the next process too."""
+    return -(-(nbytes + _SPREAD_BYTES) // 10**6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,17 +69,19 @@ class MemoryPlan:
         if not self.fits:
             worst = max(self.phases, key=lambda p: p.peak_bytes)
             raise BudgetRefused(
-                f"the phase '{worst.name}' needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of the "
-                f"ceiling of {format_mb(self.max_bytes)}; the smallest --max-ram that works is {self.smallest_text}"
-                + (f"; {worst.advice}" if worst.advice else advice + (f"\n{self.table()}" if table else "")),
+                f"the phase '{worst.name}' needs {format_mb(worst.peak_bytes)}, and a plan may fill {MARGIN:.0%} of "
+                f"{name_ceiling(self.max_bytes, self.beside_bytes)}; the smallest --max-ram that works is "
+                + self.smallest_text
+                + (f"; {worst.advice}" if worst.advice else advice),
                 self.smallest_bytes,
+                self.table() if table else "",
             )
 
     @property
     def smallest_text(self) -> str:
         """`smallest_bytes` plus the memory of other processes under the ceiling, as a value for --max-ram, rounded up
         to MB."""
-        return f"{-(-(self.smallest_bytes + self.beside_bytes) // 10**6)}MB"
+        return f"{whole_mb(self.smallest_bytes + self.beside_bytes)}MB"
 
     def table(self) -> str:
         """One row per phase with its peak and its terms, largest first, within 80 columns; MB of 10^6 bytes."""

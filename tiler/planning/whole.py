@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tiler.events import Phase
-from tiler.memory.budget import format_mb
 from tiler.memory.tuning import MARGIN
 from tiler.output.picture import format_of
 from tiler.output.whole import ENCODERS, PICTURE_BYTES
@@ -31,7 +30,7 @@ class WholePicture(NamedTuple):
         encoder = ENCODERS[self.format]
         most = (max_bytes * MARGIN - libraries.nbytes - encoder.other_bytes) / (encoder.pixel_bytes + PICTURE_BYTES)
         side = math.isqrt(max(0, int(most))) // 8 * 8
-        fits = f"{format_mb(max_bytes)} are enough for {side}×{side} pixels" if side else "even a small one is too much"
+        fits = f"this ceiling is enough for {side}×{side} pixels" if side else "even a small one is too much"
         return PhasePlan(
             name=Phase.WRITE,
             terms=(
