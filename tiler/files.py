@@ -26,6 +26,11 @@ def written() -> tuple[Path, ...]:
     return tuple(_written)
 
 
+def named(folder: Path | None) -> str:
+    """How messages name a folder."""
+    return "the current folder" if folder == Path() else str(folder)
+
+
 def sha256_of(path: Path) -> str:
     """The sha256 of a file's content in hexadecimal. Raises OSError."""
     import hashlib  # not for a queue's process, in which it would take 4 MB

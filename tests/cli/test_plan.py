@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tiler.cli.terminal import wrapped
 from tiler.compute.measure import TABLE_SHAPES
 from tiler.native.library import has_bf16
 
@@ -64,17 +65,28 @@ def test_a_ceiling_below_the_floor_is_exit_4(in_process, tiny: Path, tmp_path: P
         assert "the phase '" in ran.err and "<Phase" not in ran.err + ran.out
     assert ran.out.startswith("does not fit: predicted peak ") and "expected time" not in ran.out
     assert re.match(r".*; smallest ceiling \d+ MB\n", ran.out)
-    assert list(tmp_path.iterdir()) == []
+    said = in_process("plan", "x", "--model", tiny, "--size", "128", "--max-ram", "200MB", "--json").json
+    assert said["error"] in ran.err and (said["exit_code"], said["canvas"]) == (4, "128×128")
+    assert said["smallest_bytes"] == said["smallest_max_ram_bytes"] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "words", [("render", "--help"), ("plan", "--help"), ("decode", "--help"), ("plan", "x", "--size", "256")]
+    "words",
+    [("render", "--help"), ("plan", "--help"), ("decode", "--help"), ("plan", "x", "--size", "256"), ("doctor",)],
 )
 def test_eighty_columns_are_enough(in_process, tiny: Path, words: tuple[str, ...]) -> None:
-    extra = () if "--help" in words else ("--model", tiny)
+    extra = ("--model", tiny) if words[:2] == ("plan", "x") else ()
     ran = in_process(*words, *extra, env={"COLUMNS": "80"})
     assert ran.code == 0, ran.err
-    assert max(map(len, ran.out.splitlines())) <= 80
+    assert all(len(line) <= 80 or len(line.split()[-1]) > 50 for line in ran.out.splitlines())  # paths stay whole
+    assert (" in .)" in ran.out, "the current folder)" in ran.out) == (False, bool(extra))
+
+
+def test_long_values_are_wrapped_and_paths_kept_whole() -> None:
+    path = "/a" * 45
+    lines = wrapped(f"{'key':8}{'word ' * 20}({path})", 8).splitlines()
+    assert max(map(len, lines[:-1])) <= 80 and lines[-1] == f"{'':8}({path})"
+    assert wrapped(f"{'key':8}{path}", 8) == f"{'key':8}{path}"
 
 
 def test_what_a_command_does_not_know_is_said_with_what_it_does(in_process) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from tiler.cli import options as o
+from tiler.cli.terminal import wrapped
 from tiler.memory.budget import format_mb
 from tiler.request.cluster import scheduler_of
 
@@ -46,11 +47,11 @@ def status_command(
     if not found:
         typer.echo("no worker has joined")
     for worker in found:
-        typer.echo(_line(worker))
+        typer.echo(wrapped(_line(worker), 26))
 
 
 def _line(worker: dict[str, Any]) -> str:
-    """One worker in a line of at most 80 columns, if names are short: its name, its memory, and its work."""
+    """One worker: its name, its memory, and its work."""
     if worker["error"]:
         return f"{worker['name'][:24]:24}  {worker['error']}"
     memory = f"{worker['rss_bytes'] / 1e6:,.0f} of {format_mb(worker['max_ram_bytes'])}"

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import subprocess
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import typer
 
 from tiler.cli import layers
 from tiler.cli import options as o
-from tiler.cli.terminal import columns
+from tiler.cli.terminal import columns, wrapped
 from tiler.errors import StorageError, UsageError
 from tiler.request import settings
 from tiler.request.settings import Kind, Setting
@@ -99,7 +98,7 @@ def show_command(context: typer.Context, json_output: o.Json = False) -> None:
 def _print(key: str, value: str, source: str) -> None:
     """Print one value and its source."""
     text = f"{key:21} {value}  ({source if source == 'default' else f'from {source}'})"
-    typer.echo(textwrap.fill(text, columns(), subsequent_indent=" " * 22, break_on_hyphens=False))
+    typer.echo(wrapped(text, 22, columns()))
 
 
 def _found(kind: Kind) -> list[str]:

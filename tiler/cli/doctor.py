@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import platform
 import shutil
-import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.terminal import columns
+from tiler.cli.terminal import wrapped
 from tiler.memory.budget import format_mb
 from tiler.memory.tuning import HUGE_PAGES_FROM
 from tiler.request import DoctorRequest
@@ -101,9 +100,8 @@ def _print(facts: dict[str, str], json_output: bool) -> None:
     if json_output:
         o.tell(facts)
         return
-    width = columns()
     for name, value in facts.items():
-        typer.echo(textwrap.fill(value, width, initial_indent=f"{name:20}", subsequent_indent=" " * 20))
+        typer.echo(wrapped(f"{name:20}{value}", 20))
 
 
 def _huge_pages(*, able: bool) -> str:

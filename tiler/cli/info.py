@@ -38,7 +38,7 @@ def command(picture: Picture, json_output: o.Json = False) -> None:
         for name, value in told.items():
             if value is not None and value != [] and (name not in usual or value != usual[name]):
                 for shown, said in as_lines(name, value):
-                    typer.echo(f"{harmless(shown):22}{_shown(said)}".rstrip())
+                    typer.echo(f"{harmless(shown):21} {_shown(said)}".rstrip())
     if recipe.lacks:
         typer.echo(f"{'not repeatable':22}{recipe.lacks}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any
 import typer
 
 from tiler.cli import options as o
-from tiler.cli.terminal import harmless
+from tiler.cli.terminal import harmless, wrapped
+from tiler.errors import BudgetRefused
 from tiler.memory.budget import Budget, format_mb
+from tiler.planning.table import whole_mb
 from tiler.request import RenderRequest
 
 
@@ -32,46 +33,49 @@ def run(
 
     with ProgressPrinter(budget, quiet=False) as printer:
         planned = plan(request, budget, printer)
+    facts = planned.facts()
+    if not json_output:
+        _print(facts, planned.plan)
+    try:
+        planned.check()
+    except BudgetRefused as error:
+        error.facts = facts
+        raise
     if json_output:
-        o.tell(planned.facts())
-    else:
-        _print(planned.facts(), planned.plan)
-    planned.check()
+        o.tell(facts)
 
 
 def _print(facts: dict[str, Any], plan: Any) -> None:
     memory = plan.memory
     said = f"predicted peak {format_mb(memory.peak_bytes)} of {format_mb(memory.max_bytes)}"
-    floor = _floor(memory.smallest_bytes + memory.beside_bytes)
-    typer.echo(f"{'' if memory.fits else 'does not fit: '}{said}; smallest ceiling {floor}")
+    typer.echo(f"{'' if memory.fits else 'does not fit: '}{said}; smallest ceiling {_floor(memory.smallest_bytes)}")
     if memory.fits:
         typer.echo(f"expected time on this machine: {_hours(facts)}")
     typer.echo()
-    first = f"canvas {facts['canvas']}, guide {_guide(facts)}, {_count(facts['tiles'], 'tile')}"
-    typer.echo("\n".join(textwrap.wrap(first, 80, subsequent_indent="  ")))
+    _say(f"canvas {facts['canvas']}, guide {_guide(facts)}, {_count(facts['tiles'], 'tile')}")
     if (box := facts["repaint"]) is not None:
         typer.echo(f"repainted: a part of the picture, starting at row {box['top']}, column {box['left']}")
-    why = textwrap.wrap(f"denoiser: {plan.precision} ({plan.precision_why}),", 80, subsequent_indent="  ")
-    typer.echo("\n".join(why))
-    typer.echo(
-        f"  {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
+    _say(
+        f"denoiser: {plan.precision} ({plan.precision_why}), {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
         f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
     )
     *encoders, denoiser = (f"{name} {nbytes / 1e9:.2g} GB" for name, nbytes in facts["read_bytes"].items())
     read = ", ".join(encoders) or "nothing for the prompts, which are encoded already"
-    typer.echo(f"reads: {read};\n  {denoiser} in each read of the weights, less what stays in memory")
+    _say(f"reads: {read}; {denoiser} in each read of the weights, less what stays in memory")
     one = facts["pass"]
-    typer.echo(
+    _say(
         f"one read: {one['read_bytes'] / 1e9:.2g} GB in {one['read_seconds']:.3g} s, arithmetic meanwhile "
-        f"{one['arithmetic_seconds']:.3g} s:\n  the {one['bound']} bounds it"
+        f"{one['arithmetic_seconds']:.3g} s: the {one['bound']} bounds it"
     )
     if plan.upscale_flops:
         encoder = plan.methods["guide picture"]
-        typer.echo(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.2g} TFLOP; encoder:\n  {encoder}")
-    typer.echo("\n".join(textwrap.wrap(f"decoder: {plan.methods['decode']}", 80, subsequent_indent="  ")) + "\n")
+        _say(f"guide: enlarged as a picture, {plan.upscale_flops / 1e12:.3g} TFLOP; encoder: {encoder}")
+    _say(f"decoder: {plan.methods['decode']}")
+    typer.echo()
     if "cluster" in facts:
         for line in _cluster(facts["cluster"]):
-            typer.echo(line)
+            _say(line)
+        typer.echo()
     for name, work in facts["presets"].items():
         typer.echo(
             f"--preset {name:9}{_count(work['denoiser_samples'], 'sample'):>14}, {_tflop(work):>12}, {_hours(work)}"
@@ -81,6 +85,10 @@ def _print(facts: dict[str, Any], plan: Any) -> None:
     for hint in facts["hints"]:
         typer.echo(f"  {hint['choice']:40}{_floor(hint['smallest_max_ram_bytes']):>14}, {_hours(hint)}")
     typer.echo("\n" + memory.table())
+
+
+def _say(text: str) -> None:
+    typer.echo(wrapped(text, 2))
 
 
 def _guide(facts: dict[str, Any]) -> str:
@@ -106,20 +114,19 @@ def _cluster(facts: dict[str, Any]) -> Iterator[str]:
         less = 1 - facts["pair_seconds"] / (2 * facts["canvas_seconds"])
         bring = f"{less:.0%} less than in sequence" if less >= 0.005 else "no less than in sequence"
         yield f"  two canvases at the same time: {_span(facts['pair_seconds'])} for both, {bring}"
-    yield ""
 
 
 def _floor(nbytes: int) -> str:
-    """A ceiling in MB that is not below `nbytes`."""
-    return f"{-(-nbytes // 10**6):,} MB"
+    return f"{whole_mb(nbytes):,} MB"
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def _tflop(work: dict[str, Any]) -> str:
-    return f"{work['denoiser_tflop']:.3g} TFLOP"
+    tflop = work["denoiser_tflop"]
+    return f"{tflop:,.0f} TFLOP" if tflop >= 1000 else f"{tflop:.3g} TFLOP"
 
 
 def _hours(work: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+import textwrap
 from types import FrameType
 from typing import TextIO
 
@@ -66,6 +67,14 @@ def size(nbytes: int) -> str:
     if nbytes >= 999_500_000:
         return f"{nbytes / 1e9:.1f} GB"
     return f"{nbytes / 1e6:.0f} MB" if nbytes >= 10**6 else f"{-(-nbytes // 1000)} kB"
+
+
+def wrapped(text: str, indent: int, width: int = 80) -> str:
+    """`text` in lines of `width` columns, those after the first indented. Words, such as paths, stay in one piece."""
+    return textwrap.fill(
+        text[indent:], width, initial_indent=text[:indent], subsequent_indent=" " * indent,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def columns() -> int:

@@ -22,6 +22,7 @@ from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
 from tiler.decoding.work import BY_ROWS, of_picture
 from tiler.errors import StorageError
+from tiler.files import named
 from tiler.request import Decode, Precision, ScratchDtype, Wrap
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class DecodePlan:
     margin: tuple[int, int] = (0, 0)  # latents above and below, left and right, that repeat the opposite side
 
     def __str__(self) -> str:
-        disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {self.folder}" if self.scratch_bytes else ""
+        disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {named(self.folder)}" if self.scratch_bytes else ""
         return f"{self.name} in {self.precision} ({self.why}{disk})"
 
     @property
@@ -143,7 +144,7 @@ def choose(
 
     def lacking(method: DecodePlan) -> str:
         needs = f"{method.kind} decoding needs {method.scratch_bytes / 1e6:,.0f} MB"
-        return f"{folder} has {free / 1e6:,.0f} MB free, {needs}"
+        return f"{named(folder)} has {free / 1e6:,.0f} MB free, {needs}"
 
     def affordable(method: DecodePlan) -> DecodePlan:
         if free < method.scratch_bytes:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tiler.decoding.spool import Line, Spool
 from tiler.errors import NumericalError, StorageError
+from tiler.files import named
 from tiler.weights.index import read_into
 
 STRIP_BYTES = 12 * 2**20  # fp32, of rows read at a time
@@ -57,7 +58,7 @@ class Scratch:
             fd = nameless_file(self.folder) if self.spool is None else self.spool.open(number)
         except OSError as error:
             raise StorageError(
-                f"{self.folder}: cannot write scratch files ({error.strerror}); give another folder with --scratch"
+                f"{named(self.folder)}: cannot write scratch files ({error.strerror}); give another folder with --scratch"
             ) from error
         if fd >= 0:
             self._open.add(fd)
@@ -100,7 +101,7 @@ def free_bytes(folder: Path) -> int:
         return shutil.disk_usage(folder).free
     except OSError as error:
         raise StorageError(
-            f"{folder}: this folder cannot be used for scratch files ({error.strerror}); give another with --scratch"
+            f"{named(folder)}: this folder cannot be used for scratch files ({error.strerror}); give another with --scratch"
         ) from error
 
 
@@ -167,7 +168,7 @@ class Rows:
                     at, row = at + done, row[done:]
         except OSError as error:
             raise StorageError(
-                f"{self.scratch.folder}: writing scratch data failed ({error.strerror}); free some space, or give another "
+                f"{named(self.scratch.folder)}: writing scratch data failed ({error.strerror}); free some space, or give another "
                 "folder with --scratch"
             ) from error
 

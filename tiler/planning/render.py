@@ -26,6 +26,7 @@ from tiler.diffusion.stored import Shape
 from tiler.diffusion.stored_canvas import bytes_of
 from tiler.errors import StorageError, UsageError
 from tiler.events import Phase
+from tiler.files import named
 from tiler.memory.budget import format_mb
 from tiler.memory.tuning import MARGIN
 from tiler.models.built import Models
@@ -153,7 +154,7 @@ def plan_render(
         )
         if facts.scratch_free_bytes < needed:
             raise StorageError(
-                f"{place} has {format_mb(facts.scratch_free_bytes)} free, but the canvas takes {format_mb(needed)}; free some "
+                f"{named(place)} has {format_mb(facts.scratch_free_bytes)} free, but the canvas takes {format_mb(needed)}; free some "
                 "space, or give another folder with --scratch"
             )
         canvas_bytes = _STORED_BYTES + 4 * math.prod(tile) * masks
@@ -254,7 +255,10 @@ def plan_render(
         precision_why=precision_why,
         decode_precision=decode_precision,
         scheduler=schedule.name,
-        notes=(*schedule.notes, *([f"the canvas lies in files, in {request.scratch_folder}"] if on_disk else [])),
+        notes=(
+            *schedule.notes,
+            *([f"the canvas lies in files, in {named(request.scratch_folder)}"] if on_disk else []),
+        ),
         sample_bytes=sampler.activations((0,), *tile),
         arena_bytes=sampler.streamer.arena_bytes,
         preview_bytes=preview_bytes,
