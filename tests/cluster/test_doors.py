@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import threading
@@ -188,7 +189,9 @@ def greet(job: SharedJob, max_ram_bytes: int, models: dict[str, str] | None = No
         try:
             first = Greeting.from_json(tasks.open_ahead(replace(job, texts={}).to_bytes()))
             said = hello(job)
-            assert first.refusal == said.refusal, "nothing large is sent in vain"
+            # The ceiling that would do is measured anew, in a process that the first attempt has left larger.
+            words, again = (re.sub(r"\d+MB$", "", each.refusal) for each in (first, said))
+            assert words == again, "nothing large is sent in vain"
             tasks.close("another")
             assert list(bench.jobs) == ([] if said.refusal else [job.name])
             tasks.close(job.name)
