@@ -277,7 +277,7 @@ def test_a_queue_from_the_command_line(in_process, tiny: Path, tmp_path: Path) -
         (["--count", 2, "-o", "{seed.real}.png"], "{seed}"),
         (["--seed", "1,2", "-o", "c-{sed}.png"], "--output 'c-{sed}.png': the placeholders are {index}"),
         (["--count", 2, "-o", "/none/{index}/x.png"], "placeholders work in the file's name, not in its folders"),
-        (["--count", 2, "-o", "same-{prompt}.png"], "images 1 and 2 have the same output"),
+        (["--count", 2, "-o", "same-{prompt}.png"], "pictures 1 and 2 have the same output"),
         (["--output-dir", "none"], "none does not exist"),
         (["--output-dir", ".", "-o", "../x.png"], "is outside the folder"),
         (["--output-dir", ".", "--count", 2, "-o", "../{index}.png"], "is outside the folder"),

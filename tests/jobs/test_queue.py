@@ -27,7 +27,7 @@ from tiler.cli.listening import Listener
 from tiler.cli.terminal import prepare_signals
 from tiler.errors import BudgetExceeded, BudgetRefused
 from tiler.jobs import claims
-from tiler.jobs.checked import Checked
+from tiler.jobs.checked import Checked, Tally
 from tiler.jobs.drawing import BESIDE, Drawings, Ended
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import Results, file_of
@@ -431,6 +431,9 @@ def test_rows_that_fail_for_the_same_reason_say_so_once(tmp_path: Path, monkeypa
         "row 1: 3 more rows failed for the same reason",
     ]
     assert str(tally) == "2 done, 5 failed (rows 1, 3, 4, 5, 1)" and tally.exit_code == 1
+    assert list(Tally(noun="picture", _alike={"x": [2, 1]}).repeated()) == [
+        "picture 2: 1 more picture failed for the same reason"
+    ]
     noted = [json.loads(line) for line in (tmp_path / "q.jsonl.results.jsonl").read_text().splitlines()]
     assert [each["exit_code"] for each in noted if each["row"] == 5] == [7]  # each row has its own line there
 

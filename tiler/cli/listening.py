@@ -13,10 +13,10 @@ _LINE_EVERY = 30.0  # seconds between two lines on the progress of a row
 
 class Listener:
     """Translates the lines of `tiler render --log-json`, and lets those that are none through; `silent` takes the
-    events for read, and `as_json` passes them on, with the row."""
+    events for read, and `as_json` passes them on, with the row. `noun` is what lines call a row."""
 
-    def __init__(self, say: Callable[[str], None], *, silent: bool, as_json: bool = False) -> None:
-        self._say, self._silent, self._as_json = say, silent, as_json
+    def __init__(self, say: Callable[[str], None], *, silent: bool, as_json: bool = False, noun: str = "row") -> None:
+        self._say, self._silent, self._as_json, self._noun = say, silent, as_json, noun
         self._told = dict[int, float]()  # by row: when its progress was last told
 
     def hear(self, row: int, line: bytes) -> None:
@@ -31,7 +31,7 @@ class Listener:
         except (ValueError, KeyError, TypeError):
             said = text.strip()
         if said:
-            self._say(f"row {row}: {said}")
+            self._say(f"{self._noun} {row}: {said}")
 
     def _of_event(self, row: int, event: dict[str, Any]) -> str:
         if self._silent:

@@ -159,7 +159,7 @@ def ceiling(max_ram: str) -> int:
     return most
 
 
-def check_all(rows: Iterable[Row], checker: Checker, where: str = "", noun: str = "image") -> int:
+def check_all(rows: Iterable[Row], checker: Checker, where: str = "", noun: str = "picture") -> int:
     """Check all rows before any work begins. Return the descriptor of a nameless file that holds them, a JSON object
     each. Messages begin with `where` and call a row `noun`. Raises UsageError."""
     taken: dict[str, int] = {}

@@ -19,7 +19,7 @@ from tiler.cli import failure
 from tiler.cli.listening import Listener
 from tiler.cli.terminal import duration, harmless, prepare_signals, prepare_streams
 from tiler.errors import Interrupted, TilerError
-from tiler.jobs.checked import Checked
+from tiler.jobs.checked import Checked, Tally
 from tiler.jobs.drawing import NOTED, end, popen
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
@@ -70,7 +70,7 @@ def main() -> None:
 
 def run(spec: Spec) -> int:
     """Draw all rows. Return the exit code. Raises TilerError and Interrupted."""
-    path, say = Path(spec.results), _speaker(silent=spec.silent)
+    path, say, noun = Path(spec.results), _speaker(silent=spec.silent), "row" if spec.is_batch else "picture"
     with ExitStack() as stack:
         queue = Queue(
             root=Path(spec.root),
@@ -87,8 +87,9 @@ def run(spec: Spec) -> int:
                 ceiling_bytes=spec.max_ram_bytes,
                 shares=bool(spec.cluster),
             ),
+            tally=Tally(noun=noun),
             together=partial(_together, spec, stack, say) if spec.cluster else None,
-            hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json).hear
+            hear=Listener(_speaker(silent=False), silent=spec.silent, as_json=spec.log_json, noun=noun).hear
             if spec.cluster
             else None,
         )

@@ -40,8 +40,9 @@ def common_code(codes: Set[int]) -> int:
 
 @dataclass(kw_only=True)
 class Tally:
-    """The outcome of a queue."""
+    """The outcome of a queue. `noun` is what messages call its rows: those of a command have no file."""
 
+    noun: str = "row"
     statuses: Counter[str] = field(default_factory=Counter)
     codes: set[int] = field(default_factory=set)
     failed: list[int] = field(default_factory=list)  # the first failed rows
@@ -63,7 +64,7 @@ class Tally:
         """A line for each error that several rows had."""
         for first, more in self._alike.values():
             if more:
-                yield f"row {first}: {more} more row{'s' * (more > 1)} failed for the same reason"
+                yield f"{self.noun} {first}: {more} more {self.noun}{'s' * (more > 1)} failed for the same reason"
 
     @property
     def exit_code(self) -> int:
@@ -73,7 +74,7 @@ class Tally:
     def __str__(self) -> str:
         """A summary like "3 done, 2 failed (rows 4, 7)"."""
         number, rows = self.statuses[FAILED], ", ".join(map(str, self.failed))
-        which = f" (row{'s' * (number > 1)} {rows}{', …' * (number > len(self.failed))})"
+        which = f" ({self.noun}{'s' * (number > 1)} {rows}{', …' * (number > len(self.failed))})"
         return ", ".join(f"{n} {status}{which if status == FAILED else ''}" for status, n in self._ordered())
 
     def _ordered(self) -> list[tuple[str, int]]:

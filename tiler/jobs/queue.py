@@ -139,7 +139,7 @@ class Queue:
     def _undone(self, rows: Iterable[Checked]) -> Iterator[Checked]:
         for row in rows:
             for note in row.notes:
-                self.say(f"row {row.row}: {note}")
+                self.say(f"{self.tally.noun} {row.row}: {note}")
             problem = row.problem
             if not problem and not _add(self._outputs, hash(row.output) & (2**64 - 1)):
                 problem = f"{self.root / row.output} is the output of another row too"
@@ -221,7 +221,7 @@ class Queue:
         own += ["--keep-job"] * ("--keep-job" not in row.words)
         at = row.words.index("--") if "--" in row.words else len(row.words)
         words = [*row.words[:at], *own, *row.words[at:]]
-        self.say(f"row {row.row}: {output}")
+        self.say(f"{self.tally.noun} {row.row}: {output}")
         self._open[row.row] = _Open(turn, share, _now(), time.monotonic())
         command = [sys.executable, "-m", "tiler", "render", *words]
         self._drawings.begin(row.row, command, self.max_ram_bytes - share)
@@ -259,7 +259,7 @@ class Queue:
             self._postpone(turn)
             return
         if code == StorageError.exit_code and not turn.is_last and not self.fail_fast:
-            self.say(f"row {row.row}: a file could not be written; trying again after the other rows")
+            self.say(f"{self.tally.noun} {row.row}: a file could not be written; trying again after the others")
             self._later.append(row)
             return
         if code == BudgetRefused.exit_code and self._retries(turn, under_way.share_bytes, said.get("smallest_bytes")):
@@ -282,7 +282,7 @@ class Queue:
         needs = smallest or room
         if share >= room or not share < needs <= room:
             return False
-        self.say(f"row {turn.row.row}: waits until more of the ceiling is free")
+        self.say(f"{self.tally.noun} {turn.row.row}: waits until more of the ceiling is free")
         self._needs_bytes = max(self._needs_bytes, needs)
         self._turns.appendleft(turn._replace(needs_bytes=needs))
         return True
@@ -309,7 +309,9 @@ class Queue:
         if status != FAILED:
             self.tally.statuses[status] += 1
         elif self.tally.note_failure(row.row, code, facts["error"]):
-            self.warn("; ".join((f"row {row.row}: failed with exit code {code}: {facts['error']}", *notes)))
+            self.warn(
+                "; ".join((f"{self.tally.noun} {row.row}: failed with exit code {code}: {facts['error']}", *notes))
+            )
         self.results.note(
             {
                 "row": row.row, "digest": f"{row.digest:016x}", "status": status, "exit_code": code,
