@@ -75,7 +75,7 @@ def test_a_picture_that_wraps_joins_itself(
     """At the join of two copies, the picture is what it would be if the join were elsewhere."""
     monkeypatch.setattr(method, "TOKENS", 1000)  # sampled attends to every third token each way
     monkeypatch.setattr(frozen, "SAMPLE_SIDE", 96)  # frozen measures less than the whole
-    height, width = (96, 120) if kind is Decode.FROZEN else (72, 84)
+    height, width = (96, 120) if kind is Decode.FROZEN else (48, 60)
     latents = smooth_latents(height, width)
     family = families.read_family(resolve(str(tiny)))
     vae, streamer = families.build_vae(family.autoencoder), Streamer(None)
