@@ -73,7 +73,7 @@ def test_a_picture_that_wraps_joins_itself(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Decode
 ) -> None:
     """At the join of two copies, the picture is what it would be if the join were elsewhere."""
-    monkeypatch.setattr(method, "TOKENS", 1000)  # sampled attends to every third token each way
+    monkeypatch.setattr(method, "TOKENS", 500)  # sampled attends to every third token each way
     monkeypatch.setattr(frozen, "SAMPLE_SIDE", 96)  # frozen measures less than the whole
     height, width = (96, 120) if kind is Decode.FROZEN else (48, 60)
     latents = smooth_latents(height, width)

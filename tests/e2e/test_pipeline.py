@@ -149,7 +149,7 @@ def test_copies_of_a_picture_that_wraps_join(tmp_path: Path) -> None:
     grid."""
 
     def at_join(wrap: Wrap) -> list[float]:
-        render(ask("mini", tmp_path, width=288, height=320, num_inference_steps=3, wrap=wrap))
+        render(ask("mini", tmp_path, width=288, height=320, num_inference_steps=3, wrap=wrap), roomy())
         picture = np.asarray(Image.open(tmp_path / "x.png"), float)
         steps = (np.abs(picture - np.roll(picture, 1, axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1))
         return [float(step[0] / step[8::8].mean()) for step in steps]
