@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any, NamedTuple
 
 from tiler.errors import ModelError, UsageError
 from tiler.files import sha256_of
+from tiler.jobs.manifest import option_name
 from tiler.output.recipes import Recipe, read_recipe
 from tiler.output.texts import opened, read_texts
-from tiler.request import Region, RenderRequest, Scheduler, ScheduleType, parse_scheduler
+from tiler.request import Region, Scheduler, ScheduleType, parse_scheduler
 from tiler.request.choices import Mask, parse_schedule_type
 from tiler.request.loras import Lora
 from tiler.request.render import OF_THE_RUN
@@ -33,9 +33,6 @@ _UNTOLD = re.compile(
     r"Version|.*[Hh]ash(es)?|VAE|RNG|Schedule type|denoise|SDCPP|sampler|"
     r"kernels|model_id|bleed_mm|revision|.*_sha256"
 )
-_FLAGS = {
-    f.name: f.metadata["option"].names[0] for f in dataclasses.fields(RenderRequest) if f.metadata["option"].names
-}
 _INVOKE_WEIGHT = re.compile(r"[\w)][+-]+(?=[\s,.]|$)|\)\d")
 
 
@@ -106,7 +103,9 @@ def repeat(
     if recipe.is_whole:
         silent = {name: v for name, v in defaults.items() if name not in typed and name not in OF_THE_RUN}
         values = silent | values
-    if lost := [_FLAGS[name] for name, value in recipe.settings.items() if name in by_preset and value is not None]:
+    if lost := [
+        option_name(name) for name, value in recipe.settings.items() if name in by_preset and value is not None
+    ]:
         notes.append(f"--preset takes the place of the picture's {', '.join(lost)}")
     return Repeated(values, [*_notes(recipe, fields), *notes, *changed])
 

@@ -114,10 +114,11 @@ def differences(old: Manifest, new: Manifest) -> Iterator[str]:
     for key in dict.fromkeys([*old.picture, *new.picture]):
         was, now = old.picture.get(key), new.picture.get(key)
         if was != now:
-            yield f"{_option(key)} was {_short(was)} and is now {_short(now)}"
+            yield f"{option_name(key)} was {_short(was)} and is now {_short(now)}"
 
 
-def _option(name: str) -> str:
+def option_name(name: str) -> str:
+    """The option of the command line that gives the field `name` of a request; the field itself if there is none."""
     found = next((f.metadata["option"] for f in fields(RenderRequest) if f.name == name), None)
     return (found.names[0] if found.names else found.metavar.lower()) if found is not None else name
 

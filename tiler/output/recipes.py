@@ -113,12 +113,9 @@ _TEXTS = frozenset(("prompt", "negative_prompt", "canvas_prompt", "model", "vae"
 def _named(tool: str, data: Mapping[str, Any], names: Mapping[str, str]) -> Recipe:
     told = {names[key]: value for key, value in data.items() if key in names and value is not None}
     settings = {name: str(value) if name in _TEXTS else _number(value) for name, value in told.items()}
-    return Recipe(tool=tool, settings=settings, others=_others(data, names))
-
-
-def _others(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """The values without a name in `names`. A `scheduler` among them is what AUTOMATIC1111 calls the schedule type."""
-    return {"Schedule type" if key == "scheduler" else key: v for key, v in data.items() if key not in names}
+    # A `scheduler` without a name is what AUTOMATIC1111 calls the schedule type.
+    others = {"Schedule type" if key == "scheduler" else key: v for key, v in data.items() if key not in names}
+    return Recipe(tool=tool, settings=settings, others=others)
 
 
 def _number(value: Any) -> Any:

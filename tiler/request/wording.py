@@ -85,10 +85,13 @@ def _condition(prompt: str, negative: str | None) -> Condition:
 
 
 def places_of(request: RenderRequest) -> Iterator[tuple[str, str]]:
-    """The prompts of a request by what messages call them: first the prompt and the canvas prompt, then those that may
-    hold no tags."""
+    """The prompts of a request by what messages call them."""
     yield "the prompt", request.prompt or ""
     yield "the canvas prompt", request.canvas_prompt or ""
+    yield from _places_without_tags(request)
+
+
+def _places_without_tags(request: RenderRequest) -> Iterator[tuple[str, str]]:
     yield "the negative prompt", request.negative_prompt or ""
     for region in request.regions:
         yield "a region's prompt", region.prompt
@@ -109,7 +112,7 @@ def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
     for tag in found:
         if tag.kind not in LORA_TAGS:
             raise UsageError(f"{tag}: tiler does not know this kind of tag; remove it from the prompt")
-    for place, text in list(places_of(request))[2:]:
+    for place, text in _places_without_tags(request):
         for tag in parse_prompt(text).tags:
             raise UsageError(f"{tag}: a tag counts for the whole picture; move it from {place} to the prompt")
     return tuple(found)
