@@ -273,7 +273,8 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
     """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer's
     result depends on the number of threads. The layers change class in place, so the tree, its names and its hooks stay
     the same."""
-    for path, child in module.named_modules():
+    named = list(module.named_modules())
+    for path, child in named:
         for plain, streamed in _CLASSES:
             if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[operator]
                 child.__class__ = streamed
@@ -287,9 +288,9 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
         unit.forward = functools.partial(streamer.run_unit, unit, unit.forward)
     if streamer.store is None:
         return
-    for path, child in module.named_modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            if isinstance(child, StreamedLayer) and name == "weight":
+    for path, child in named:
+        for name, parameter in list(child._parameters.items()):
+            if parameter is None or (isinstance(child, StreamedLayer) and name == "weight"):
                 continue
             value = streamer.store.load(f"{path}.{name}".lstrip("."))
             setattr(child, name, nn.Parameter(value.view(parameter.shape), requires_grad=False))

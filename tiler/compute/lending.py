@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -18,22 +18,38 @@ from tiler.compute.stream import Streamer
 def lent(module: nn.Module, streamer: Streamer) -> Iterator[None]:
     """Apply `stream_layers` within this context. All changes (classes, parameters, submodules, attributes, hooks) are
     undone at its end, and loaded data is freed. Not reentrant."""
-    modules = list(module.modules())
-    assert not any("streamer" in vars(m) for m in modules), "lent already"
-    before = [(m, type(m), dict(vars(m)), _tables(m)) for m in modules]
+    before = [_State.of(m) for m in module.modules()]
+    assert not any("streamer" in state.attributes for state in before), "lent already"
     try:
         stream_layers(module, streamer)
         yield
     finally:
-        for m, kind, attributes, tables in before:
-            m.__class__ = kind
-            vars(m).clear()
-            vars(m).update(attributes)
-            for name, table in tables.items():
-                attributes[name].clear()
-                attributes[name].update(table)
+        for state in before:
+            state.restore()
 
 
-def _tables(module: nn.Module) -> dict[str, dict[Any, Any]]:
-    """The dictionaries of a module: parameters, submodules, hooks."""
-    return {name: dict(value) for name, value in vars(module).items() if type(value) in (dict, OrderedDict)}
+class _State(NamedTuple):
+    """A module as it was: its class, its attributes, and the entries of its tables (parameters, submodules, hooks)."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    tables: list[tuple[dict[Any, Any], dict[Any, Any] | None]]  # None for an empty one, as most are
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _State:
+        attributes = dict(vars(module))
+        tables = [(v, dict(v) if v else None) for v in attributes.values() if type(v) in (dict, OrderedDict)]
+        return cls(module, type(module), attributes, tables)
+
+    def restore(self) -> None:
+        if type(self.module) is not self.kind:
+            self.module.__class__ = self.kind
+        attributes = vars(self.module)
+        attributes.clear()
+        attributes.update(self.attributes)
+        for table, entries in self.tables:
+            if table:
+                table.clear()
+            if entries:
+                table.update(entries)
