@@ -106,6 +106,7 @@ def short_pauses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tiler.memory.process.release_code", lambda: None)
     if request.path.parent.name != "memory":
         monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
+        monkeypatch.setattr("tiler.memory.process.free_heap", lambda: 0)  # slow in a heap of many tests
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,22 +20,15 @@ Activations = Callable[[DenoiserPeaks, tuple[int, ...], int, int], int]
 CODE = "tiler.compute", "tiler.decoding", "tiler.models", "tiler.native", "tiler.planning"
 
 
-def values_of_code() -> Iterator[object]:
-    """All functions, classes with their methods, and constants of the modules that a plan may run."""
-    for name in sorted(name for name in sys.modules if name.startswith(CODE)):
-        for value in vars(sys.modules[name]).values():
-            yield value
-            if isinstance(value, type) and value.__module__.startswith(CODE):
-                yield from vars(value).values()
-
-
 class Remembered:
     """Replaces `DenoiserPeaks.activations`, `real`. A test that replaces a value of the code measures anew."""
 
     def __init__(self, real: Activations) -> None:
         self.real = real
         self._known: dict[object, int] = {}
-        self._codes: dict[tuple[int, ...], list[object]] = {}  # keeps the values, so that no other gets their ids
+        self._models: WeakKeyDictionary[DenoiserPeaks, tuple[object, ...]] = WeakKeyDictionary()
+        self._classes: dict[tuple[int, ...], tuple[list[object], list[Any]]] = {}
+        self._codes: dict[object, list[object]] = {}  # keeps the values, so that no other gets their ids
 
     def activations(self, peaks: DenoiserPeaks, tiles: tuple[int, ...], height: int, width: int) -> int:
         key = self._code(), self._model(peaks), self._inputs(peaks, tiles, height, width)
@@ -42,22 +36,31 @@ class Remembered:
             self._known[key] = self.real(peaks, tiles, height, width)
         return self._known[key]
 
-    def _code(self) -> tuple[int, ...]:
-        values = list(values_of_code())
+    def _code(self) -> tuple[object, ...]:
+        """Which functions, classes with their methods, and constants the modules hold that a plan may run. Which of
+        their values are classes is found once for equal modules, because this is asked thousands of times."""
+        modules = [vars(module) for name, module in list(sys.modules.items()) if name.startswith(CODE)]
+        values = [value for table in modules for value in table.values()]
         ids = tuple(map(id, values))
-        self._codes.setdefault(ids, values)
-        return ids
+        if ids not in self._classes:
+            classes = [vars(v) for v in values if isinstance(v, type) and v.__module__.startswith(CODE)]
+            self._classes[ids] = values, classes
+        methods = [value for table in self._classes[ids][1] for value in table.values()]
+        key = ids, tuple(map(id, methods))
+        self._codes.setdefault(key, methods)
+        return key
 
-    @staticmethod
-    def _model(peaks: DenoiserPeaks) -> tuple[object, ...]:
+    def _model(self, peaks: DenoiserPeaks) -> tuple[object, ...]:
         """What the measurement depends on besides the code and the inputs. Weights do not count."""
         family, streamer = peaks.family, peaks.streamer
-        configs = json.dumps([part.config for part in family.parts], sort_keys=True, default=repr)
-        names = tuple((name, tuple(parameter.shape)) for name, parameter in peaks.module.named_parameters())
+        if peaks not in self._models:
+            configs = json.dumps([part.config for part in family.parts], sort_keys=True, default=repr)
+            shapes = tuple((name, tuple(parameter.shape)) for name, parameter in peaks.module.named_parameters())
+            self._models[peaks] = configs, shapes
         settings = streamer.policy, streamer.isa, streamer.arena_bytes, streamer._in_place
         ranks = tuple(sorted(streamer._ranks.items()))
         machine = torch.get_num_threads(), os.environ.get("TILER_ISA"), os.environ.get("TILER_KERNELS")
-        return type(family), repr(family.traits), configs, names, settings, ranks, machine
+        return type(family), repr(family.traits), self._models[peaks], settings, ranks, machine
 
     @staticmethod
     def _inputs(peaks: DenoiserPeaks, tiles: tuple[int, ...], height: int, width: int) -> tuple[object, ...]:
