@@ -110,7 +110,8 @@ def lean_imports() -> Iterator[None]:
 
     diffusers and transformers import torch._dynamo for decorators (72 MB), and torch.distributed.tensor (with sympy)
     for multi-GPU loading; neither runs here. Within this context torch._dynamo is a stand-in, torch.distributed reports
-    itself unavailable (torch's own switch), and three packages of diffusers load single modules without importing their
+    itself unavailable (torch's own switch), operators that diffusers registers do not name their line, for which torch
+    would look through all modules (0.2 s), and three packages of diffusers load single modules without importing their
     siblings. Everything is restored on exit.
 
     Contexts may be nested. Does nothing in a process that has already imported torch._dynamo, because that process may
@@ -128,6 +129,7 @@ def lean_imports() -> Iterator[None]:
 
 @contextmanager
 def _replacements() -> Iterator[None]:
+    import torch._library.utils
     import torch.compiler
     import torch.distributed
 
@@ -138,6 +140,7 @@ def _replacements() -> Iterator[None]:
     with (
         _replaced(torch.compiler, "disable", _no_op),
         _replaced(torch.distributed, "is_available", lambda: False),
+        _replaced(torch._library.utils, "get_source", lambda level: "unknown"),
         _stand_in({name: _StandIn(name) for name in dynamo}),
         _lean_transformers() if _program else nullcontext(),
     ):
