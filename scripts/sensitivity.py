@@ -32,6 +32,7 @@ from tiler import RenderRequest, render
 from tiler.compute.int8 import quantize_rows
 from tiler.compute.layers import SMALL
 from tiler.compute.onednn import Geometry
+from tiler.compute.precisions import arithmetic
 from tiler.models.unet import FP32_NAMES, int8_weights
 from tiler.request import Precision
 from tiler.weights.checkpoint import resolve
@@ -77,9 +78,11 @@ def fake(module: nn.Module, largest: int | None) -> tuple[Tensor, torch.utils.ho
 
 
 def compare_pictures(model: str, prompt: str | None, side: int, count: int) -> None:
-    """Print the dB of 8-bit pictures of `count` seeds in int8 and bf16, against those in fp32. Without a prompt, each
-    seed chooses one of the model's own."""
-    found: dict[Precision, list[float]] = {Precision.INT8: [], Precision.BF16: []}
+    """Print the dB of 8-bit pictures of `count` seeds in int8 and, where the processor has it, bf16, against those in
+    fp32. Without a prompt, each seed chooses one of the model's own."""
+    found: dict[Precision, list[float]] = {Precision.INT8: []}
+    if arithmetic().bf16:
+        found[Precision.BF16] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
             drawn = {}
