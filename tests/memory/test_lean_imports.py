@@ -53,7 +53,7 @@ from tiler.weights.checkpoint import resolve
 family = read_family(resolve({str(tiny)!r}))
 family.part(Role.DENOISER).build(), load_tokenizer(family)
 encoder = family.part(Role.TEXT_ENCODER).build()
-left_out = "torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers", "accelerate", "bitsandbytes", "peft"
+left_out = "torch._meta_registrations", "torch._decomp", "torch._dynamo", "transformers", "accelerate", "bitsandbytes", "peft", "gguf"
 print([m for m in left_out if m in sys.modules])
 import torch, torch._meta_registrations as meta, transformers
 from diffusers.utils import is_transformers_available

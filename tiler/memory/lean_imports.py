@@ -155,8 +155,9 @@ def _replacements() -> Iterator[None]:
 def _lean_transformers() -> Iterator[None]:
     """Import transformers without its lists of all models: to build these it opens 3,300 files, twice, which takes half
     a second on a warm disk. diffusers is told that transformers is missing, since it would use it for LoRA alone. Both
-    are told that accelerate, bitsandbytes and PEFT are missing, since importing them costs 18 MB. diffusers gets no
-    table of all installed packages, which takes a quarter of a second: it would need it for names like cv2 alone."""
+    are told that accelerate, bitsandbytes and PEFT are missing, and diffusers that gguf is, since importing them costs
+    21 MB. diffusers gets no table of all installed packages, which takes a quarter of a second: it would need it for
+    names like cv2 alone."""
     folders = _folders("transformers", "transformers.models")
     with _stand_in(folders):
         with _replaced(metadata, "packages_distributions", dict):
@@ -164,7 +165,7 @@ def _lean_transformers() -> Iterator[None]:
 
         utils, package = import_module("transformers.utils"), sys.modules["transformers"]
         with ExitStack() as stack:
-            for name in ("transformers", "accelerate", "bitsandbytes", "peft"):
+            for name in ("transformers", "accelerate", "bitsandbytes", "gguf", "peft"):
                 stack.enter_context(_replaced(known, f"_{name}_available", False))
             for name in ("accelerate", "peft"):
                 stack.enter_context(_replaced(utils, f"is_{name}_available", lambda *args: False))
