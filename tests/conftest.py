@@ -45,12 +45,26 @@ def one_measurement() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_rehearsal() -> Iterator[None]:
-    """Plans of equal models share the measurement of the denoiser's memory."""
-    from tests.rehearsals import DenoiserPeaks, Remembered
+    """Plans of equal models share the measurements of memory and the count of work."""
+    from tests.rehearsals import Remembered
+    from tiler.planning.peaks import DenoiserPeaks, VaePeaks
+    from tiler.planning.time import Counter
 
     remembered = Remembered(DenoiserPeaks.activations)
+
+    def vae_peaks(peaks: VaePeaks, *args: Any) -> None:
+        prepare(peaks, *args)
+        peaks._rehearsed = remembered.of_autoencoder(peaks)
+
+    def counter(made: Counter, *args: Any) -> None:
+        begin(made, *args)
+        made.known = remembered.of_counter(made)
+
+    prepare, begin = VaePeaks.__init__, Counter.__init__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DenoiserPeaks, "activations", lambda *asked: remembered.activations(*asked))
+        patch.setattr(VaePeaks, "__init__", vae_peaks)
+        patch.setattr(Counter, "__init__", counter)
         yield
 
 
@@ -106,7 +120,7 @@ def short_pauses(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tiler.memory.process.release_code", lambda: None)
     if request.path.parent.name != "memory":
         monkeypatch.setattr("tiler.memory.process.trim", lambda: None)
-        monkeypatch.setattr("tiler.memory.process.free_heap", lambda: 0)  # slow in a heap of many tests
+        monkeypatch.setattr("tiler.memory.process.free_heap", lambda: 0)  # slow in a heap that has grown
 
 
 @pytest.fixture(scope="session")
