@@ -298,23 +298,25 @@ def test_several_pictures_of_one_command(
     too."""
     common = ["render", "a boat", "--model", tiny, "--size", 64, "--steps", 1, "--no-guide"]
     common += ["--max-ram", "1GB", "--output-dir", "."]
-    ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--json")
+    both = *common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png"
+    taken = 'test -z "$TILER_BESIDE" && mkdir -p away; mv "$TILER_OUTPUT" away/; echo finished'
+    ran = in_process(*both, "--json", "--on-done", taken)
     assert ran.code == 0, ran.err
-    assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]
-    ran = in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png")
+    assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [3, 4]  # whatever the command prints or does
+    for name in ("3/01.png", "4/02.png"):
+        (tmp_path / "away" / Path(name).name).rename(tmp_path / name)
+    (tmp_path / "away").rmdir()
+    ran = in_process(*both)
     assert (ran.code, ran.err.splitlines()[-1]) == (0, "2 pictures were finished already: skipped"), ran.err
     ran = in_process(*common, "--seed", 4, "-o", "{prompt}-{seed}.png")
     assert ran.code == 0, ran.err
     assert (tmp_path / "a-boat-4.png").read_bytes() == (tmp_path / "4/02.png").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4", "a-boat-4.png"]
-    taken = 'test -z "$TILER_BESIDE" && mkdir -p away; mv "$TILER_OUTPUT" away/; echo finished'
-    ran = in_process(*common, "--seed", "5,6", "-o", "x-{seed}.png", "--json", "--on-done", taken)
-    assert ran.code == 0, ran.err
-    assert [json.loads(line)["seed"] for line in ran.out.splitlines()] == [5, 6]  # whatever the command prints or does
-    assert len(list((tmp_path / "away").iterdir())) == 2
-    drawn = list[int]()
-    monkeypatch.setattr(Queue, "_draw", lambda queue, turn: drawn.append(turn.row.row))
+    drawn = list[str]()
+    monkeypatch.setattr(Queue, "_draw", lambda queue, turn: drawn.append(turn.row.output))
     (tmp_path / "4/02.png").write_bytes(b"another picture")
-    assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png").code == 0
-    assert in_process(*common, "--count", 2, "--seed", 3, "-o", "{seed}/{index:02}.png", "--force").code == 0
-    assert drawn == [2, 1, 2]  # the one that was replaced; with --force, all
+    assert in_process(*both).code == 0
+    assert drawn == ["4/02.png"]  # the one that was replaced
+    assert in_process(*both, "--force").code == 0
+    assert in_process(*common, "--seed", "5,6", "-o", "x-{seed}.png").code == 0
+    assert drawn[1:] == ["3/01.png", "4/02.png", "x-5.png", "x-6.png"]
