@@ -76,7 +76,7 @@ def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
     sd15: Path, packed: Path, tmp_path: Path
 ) -> None:
     """One step of the guide, its picture, and one step of a canvas with two tiles; in int8 if that is fast here."""
-    options = "--width", "768", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
+    options = "--width", "576", "--height", "512", "--steps", "1", "--strength", "1", "--max-ram", "600MB"
     options = *options, "--precision", "auto", "--threads", "2", *tiny_decoder(tmp_path)
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, packed=packed)
     assert peak < 600_000_000
@@ -90,7 +90,7 @@ def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(
 def test_two_samples_share_a_read_under_800_mb_by_the_kernels_own_mark(sd15: Path, tmp_path: Path) -> None:
     options = (
         "--width",
-        "768",
+        "576",
         "--height",
         "512",
         "--steps",
