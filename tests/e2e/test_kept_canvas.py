@@ -40,7 +40,7 @@ STOPS: dict[str, tuple[TilerError | signal.Signals, int]] = {
 
 
 def arguments(model: Path, output: Path) -> list[str]:
-    options = "--width 132 --height 130 --steps 2 --seed 3 --decode exact --precision fp32 --guide-upscale latent -q"
+    options = "--width 76 --height 66 --steps 2 --seed 3 --decode exact --precision fp32 --guide-upscale latent -q"
     return ["render", "a boat", "--model", str(model), "-o", str(output), *options.split()]
 
 

@@ -73,25 +73,25 @@ def test_one_tile_is_what_stable_diffusion_pipeline_gives(
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("batches", "settings"),
     [
-        {},
-        {"layout": Layout.SHIFT, "guidance_interval": (0.0, 0.7), "attention_window": 6},
-        {"precision": Precision.INT8, "cache_dir": Path("packed")},
+        ((1, 4, 16), {}),
+        ((1, 16), {"layout": Layout.SHIFT, "guidance_interval": (0.0, 0.7), "attention_window": 6}),
+        ((1, 16), {"precision": Precision.INT8, "cache_dir": Path("packed")}),
     ],
 )
 def test_same_seed_same_bytes_whatever_the_plan(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object]
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: tuple[int, ...], settings: dict[str, object]
 ) -> None:
     """A low ceiling means small batches and streamed weights, a high one large batches and weights kept in memory."""
     monkeypatch.chdir(tmp_path)
     files = []
-    for batch, kept in ((1, False), (5, False), (16, True)):
+    for batch in batches:
         monkeypatch.setattr(planner, "MAX_BATCH", batch)
-        if not kept:
+        if batch < 16:
             monkeypatch.setattr(fit, "_choose_resident", lambda *args: {})
         name = f"batch{batch}"
-        asked = ask(tiny, tmp_path, name, width=104, height=72, num_inference_steps=2, **settings)
+        asked = ask(tiny, tmp_path, name, width=128, height=64, num_inference_steps=2, **settings)
         report = render(asked, roomy()).report
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
@@ -101,7 +101,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
         assert torch.equal(latents, files[0][0])
         assert np.array_equal(pixels, files[0][1])
     reads = [report["weight_bytes_read"] for _, _, report in files]
-    assert reads[0] > reads[1] > reads[2]
+    assert sorted(set(reads), reverse=True) == reads
 
 
 def test_sizes_that_are_no_multiples_are_cropped(tiny: Path, tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_copies_of_a_picture_that_wraps_join(tmp_path: Path) -> None:
     grid."""
 
     def at_join(wrap: Wrap) -> list[float]:
-        render(ask("mini", tmp_path, width=288, height=320, num_inference_steps=3, wrap=wrap), roomy())
+        render(ask("mini", tmp_path, width=264, height=264, num_inference_steps=2, wrap=wrap), roomy())
         picture = np.asarray(Image.open(tmp_path / "x.png"), float)
         steps = (np.abs(picture - np.roll(picture, 1, axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1))
         return [float(step[0] / step[8::8].mean()) for step in steps]
@@ -212,15 +212,15 @@ def test_34_memory_close_to_the_ceiling_halves_the_batch(
 
 
 def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
-    """RSS after step 30 within 5 MB of RSS after step 2."""
+    """RSS after step 20 within 5 MB of RSS after step 2."""
     after: dict[int, int] = {}
 
     def on_event(event: events.Event) -> None:
         if isinstance(event, events.Progress) and event.name == "guide":
             after[event.done // 2] = read_rss().now
 
-    render(ask(tiny, tmp_path, width=128, num_inference_steps=30, strength=0.02), roomy(), on_event)
-    assert abs(after[30] - after[2]) <= 5_000_000
+    render(ask(tiny, tmp_path, width=128, num_inference_steps=20, strength=0.03), roomy(), on_event)
+    assert abs(after[20] - after[2]) <= 5_000_000
 
 
 @pytest.mark.parametrize(("width", "height"), [(33, 50), (200, 24)])

@@ -123,12 +123,14 @@ def test_latents_are_reduced_by_means(height: int, width: int) -> None:
     assert torch.allclose(reduced(latents, 64), want, atol=1e-6)
 
 
-def test_a_tiny_autoencoder_decodes_previews_and_changes_nothing_of_the_picture(in_process, tmp_path: Path) -> None:
+def test_a_tiny_autoencoder_decodes_previews_and_changes_nothing_of_the_picture(
+    in_process, tiny: Path, tmp_path: Path
+) -> None:
     """What is shown last is what diffusers decodes of the final latents."""
     torch.manual_seed(0)
-    vae = AutoencoderTiny(latent_channels=8).eval()
+    vae = AutoencoderTiny(latent_channels=4).eval()
     vae.save_pretrained(tmp_path / "taesd")
-    common = "render", "misty mountains", "--size", 256, "--steps", 2, "--seed", 7, "--no-guide"
+    common = "render", "misty mountains", "--model", tiny, "--size", 64, "--steps", 2, "--seed", 7, "--no-guide"
     assert in_process(*common, "-o", "a.png", "--save-latents", "a.safetensors").code == 0
     ran = in_process(*common, "-o", "b.png", "--preview", "p.png", "--tiny-vae", "taesd")
     assert ran.code == 0, ran.err
@@ -141,10 +143,10 @@ def test_a_tiny_autoencoder_decodes_previews_and_changes_nothing_of_the_picture(
 
 
 def test_a_preview_that_cannot_be_made_does_not_end_the_render(
-    in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A note says it once. The ceiling still counts."""
-    common = "render", "x", "--size", 64, "--steps", 3, "--seed", 7, "--no-guide"
+    common = "render", "x", "--model", tiny, "--size", 64, "--steps", 3, "--seed", 7, "--no-guide"
     assert in_process(*common, "-o", "a.png").code == 0
     failing: list[TilerError] = [ModelError("taesd: the file is gone")]
 

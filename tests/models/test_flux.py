@@ -276,7 +276,7 @@ def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -
     assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0
     files = "--save-latents", "x.safetensors", "--cache-dir", tmp_path / "packed"
-    done = tiler("render", "a boat", "-m", model, "--size", 192, *files)
+    done = tiler("render", "a boat", "-m", model, "-W", 192, "-H", 128, *files)
     assert done.code == 0, done.err
     assert in_process("decode", "x.safetensors", "-m", model, "-o", "again.png").code == 0
     assert (tmp_path / "again.png").read_bytes()[:4] == (tmp_path / "tiler.png").read_bytes()[:4]

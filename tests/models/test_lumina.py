@@ -241,14 +241,14 @@ def test_the_program_encodes_renders_and_tells_of_the_model(
     """The render runs in a process of its own, which imports less, from prompts that another process encoded."""
     model = "--model", folder
     assert in_process("encode", PROMPT, "-n", "fog", *model, "-o", "words.safetensors").code == 0
-    asked = "render", *model, "--size", 160, "--steps", 2, "--seed", 1
+    asked = "render", *model, "-W", 160, "-H", 128, "--steps", 2, "--seed", 1
     ran = tiler(*asked, "--precision", "fp32", "--prompt-embeds", "words.safetensors", "-o", "x.png")
     assert ran.code == 0, ran.err
     for precision in ("fp32", "int8"):
         ran = in_process(*asked, PROMPT, "-n", "fog", "--precision", precision, "-o", f"{precision}.png")
         assert ran.code == 0, ran.err
     encoded, whole, rounded = (Image.open(tmp_path / name) for name in ("x.png", "fp32.png", "int8.png"))
-    assert encoded.size == (160, 160) and encoded.tobytes() == whole.tobytes() != rounded.tobytes()
+    assert encoded.size == (160, 128) and encoded.tobytes() == whole.tobytes() != rounded.tobytes()
     told = in_process("doctor", *model)
     assert told.code == 0 and "Lumina-Next" in told.out and "tokenizer" in told.out
     assert "Lumina-Next" in in_process("models", folder.parent).out

@@ -92,7 +92,7 @@ def _tokenizer(cache: list[object] = []):  # noqa: B006
 def test_without_a_prompt_it_draws_one_of_its_scenes_under_its_ceiling(tmp_path: Path) -> None:
     """Like the README's first command: the seed chooses a prompt; guidance and strength are the model's own."""
     out, report = tmp_path / "canvas.png", tmp_path / "canvas.json"
-    command = [sys.executable, "-m", "tiler", "render", "--seed", "7", "--size", "288", "--steps", "5", "-q"]
+    command = [sys.executable, "-m", "tiler", "render", "--seed", "7", "--size", "288", "--steps", "4", "-q"]
     subprocess.run([*command, "--max-ram", "420MB", "-o", str(out), "--report", str(report)], check=True)
     assert json.loads(report.read_text())["peak_rss_bytes"] <= 420_000_000
     filled = resolve_request(RenderRequest(seed=7), read_family(resolve("mini")))

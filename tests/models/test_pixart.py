@@ -292,11 +292,11 @@ def test_the_program_plans_quantizes_renders_and_decodes(
     planned = in_process("plan", "a boat", *model, "--size", 256, "--json")
     assert planned.code == 0 and planned.json["tiles"] == 9 and planned.json["guide"] == "128×128"
     assert in_process("quantize", folders["sigma"], "--cache-dir", "packed").code == 0
-    asked = "render", "a boat", *model, "--size", 160, "--steps", 2, "--negative-prompt", "fog", "--seed", 1
+    asked = "render", "a boat", *model, "-W", 160, "-H", 128, "--steps", 2, "--negative-prompt", "fog", "--seed", 1
     options = "--precision", "int8", "--cache-dir", "packed", "--save-latents", "x.safetensors", "-o", "x.png"
     ran = tiler(*asked, *options)
     assert ran.code == 0, ran.err
     assert "int8 weights are made" not in ran.err
     assert in_process("decode", "x.safetensors", *model, "-o", "y.png").code == 0
     pictures = [Image.open(tmp_path / name) for name in ("x.png", "y.png")]
-    assert pictures[0].size == (160, 160) and pictures[0].tobytes() == pictures[1].tobytes()
+    assert pictures[0].size == (160, 128) and pictures[0].tobytes() == pictures[1].tobytes()

@@ -312,7 +312,7 @@ def test_commands(tiler, in_process, folders: dict[str, Path], tmp_path: Path) -
     assert in_process("plan", "a boat", "-m", model, "--size", 192, "--json").code == 0
     assert in_process("quantize", model, "--cache-dir", tmp_path / "packed").code == 0
     done = tiler(
-        "render", "a boat", "-m", model, "--size", 192, "--steps", 2, "--scheduler", "UniPC", "--save-latents",
+        "render", "a boat", "-m", model, "-W", 192, "-H", 128, "--steps", 2, "--scheduler", "UniPC", "--save-latents",
         "x.safetensors", "--cache-dir", tmp_path / "packed", "-o", "x.png",
     )  # fmt: skip
     assert done.code == 0, done.err

@@ -291,7 +291,8 @@ GCC = {
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 def test_sanitisers_find_nothing(tmp_path: Path) -> None:
-    """Arrays end at their last value, so that reads and writes beyond it are detected."""
+    """Arrays end at their last value, so that reads and writes beyond it are detected. Of instruction sets that do not
+    run here only the warnings are looked for."""
     flags = [
         "-std=gnu11",
         "-O0",
@@ -303,18 +304,20 @@ def test_sanitisers_find_nothing(tmp_path: Path) -> None:
         "-ffp-contract=off",
         "-fno-math-errno",
     ]
+    runs = {lib.isa for lib in LIBRARIES}
+    sets = [s for s in SETS if s.machine == machine_of(os.uname().machine)]
+    source = {s: [str(NATIVE / "kernels.c"), f"-DSET={s.symbol}", f'-DSET_NAME="{s.name}"', *GCC[s.name]] for s in sets}
+    idle = [s for s in sets if s.name not in runs]  # which would take most of the time
+    jobs = [["-fsyntax-only", *source[s]] for s in idle]
+    (tmp_path / "others.c").write_text("".join(f"const char kernels_{s.symbol};\n" for s in idle))
     flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    jobs = [
-        [str(NATIVE / "kernels.c"), f"-DSET={s.symbol}", f'-DSET_NAME="{s.name}"', *GCC[s.name], "-o", f"{s.symbol}.o"]
-        for s in SETS
-        if s.machine == machine_of(os.uname().machine)
-    ]
-    jobs += [[str(NATIVE / name), "-o", f"{name}.o"] for name in ("library.c", "pool.c")]
-    jobs += [[str(DRIVER), "-o", "driver.o"]]
-    running = [subprocess.Popen(["gcc", *flags, "-c", *job], cwd=tmp_path) for job in jobs]
+    objects = {f"{s.symbol}.o": source[s] for s in sets if s.name in runs}
+    objects |= {f"{name}.o": [str(NATIVE / name)] for name in ("library.c", "pool.c")}
+    objects |= {"driver.o": [str(DRIVER)], "others.o": ["others.c"]}
+    jobs += [["-c", *words, "-o", name] for name, words in objects.items()]
+    running = [subprocess.Popen(["gcc", *flags, *job], cwd=tmp_path) for job in jobs]
     assert [process.wait() for process in running] == [0] * len(jobs)
-    link = ["gcc", *flags, *(job[-1] for job in jobs), "-lpthread", "-lm", "-o", "driver"]
-    subprocess.run(link, cwd=tmp_path, check=True)
+    subprocess.run(["gcc", *flags, *objects, "-lpthread", "-lm", "-o", "driver"], cwd=tmp_path, check=True)
     for lib in LIBRARIES:
         made = [*products(lib), *others(), *attentions(lib), *weights(lib), *transforms(lib)]
         names = [f"{lib.isa}-{i}" for i in range(len(made))]
