@@ -92,7 +92,7 @@ def test_a_full_stdout_is_exit_6(tmp_path: Path) -> None:
     assert len(ran.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams_do_not_end_a_run(tiny: Path, tmp_path: Path, closed: str) -> None:
     command = (
         f"{' '.join(PROGRAM)} render x --model {tiny} --size 64 --steps 1 --no-guide -o x.png --report r.json {closed}"

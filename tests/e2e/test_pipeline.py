@@ -91,7 +91,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
         if batch < 16:
             monkeypatch.setattr(fit, "_choose_resident", lambda *args: {})
         name = f"batch{batch}"
-        asked = ask(tiny, tmp_path, name, width=128, height=64, num_inference_steps=2, **settings)
+        asked = ask(tiny, tmp_path, name, width=104, height=64, num_inference_steps=2, **settings)
         report = render(asked, roomy()).report
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
