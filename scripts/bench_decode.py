@@ -37,6 +37,7 @@ from tiler.decoding import method as method
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import Pixels, strip_rows
 from tiler.decoding.scratch import Scratch, free_bytes
+from tiler.decoding.sources import latent_source
 from tiler.decoding.statistics import Frame
 from tiler.diffusion import guide
 from tiler.models import family as families
@@ -107,8 +108,7 @@ def work_factor(kind: VaeSpec, height: int, width: int) -> float:
     stages = exact.decoder_stages(vae.decoder, vae.post_quant_conv)
     with MetaMeter() as meter:
         latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta")
-        strips = latents.split(strip_rows(width), dim=2)
-        for _ in exact.stream(stages, strips, Frame(height, width), Scratch(None)):
+        for _ in exact.stream(stages, latent_source(latents), Frame(height, width), Scratch(None)):
             pass
     return meter.flops / whole
 

@@ -20,11 +20,12 @@ from tiler.compute import onednn, winograd
 from tiler.compute.layers import stream_layers
 from tiler.compute.native_winograd import NativeWinograd
 from tiler.compute.stream import Streamer
-from tiler.decoding import exact, frozen, scratch, work
+from tiler.decoding import attention, exact, frozen, scratch, work
 from tiler.decoding import method as method
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
+from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Pooled
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families
@@ -122,9 +123,10 @@ def test_encoding_equals_diffusers(tiny: Path, reference: AutoencoderKL, tmp_pat
 def test_strips_and_chunks_do_not_show(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     latents = torch.randn(1, 4, 41, 38, generator=torch.Generator().manual_seed(2))
     want = decode(tiny, latents, tmp_path, torch.float32)
-    monkeypatch.setattr(Rows.strips, "__defaults__", (2**14, 0))
-    monkeypatch.setattr(exact, "KEYS", 100)
+    monkeypatch.setitem(Source.of.__func__.__kwdefaults__, "strip_bytes", 2**14)
+    monkeypatch.setattr(attention, "KEYS", 100)
     monkeypatch.setattr(exact, "QUERIES", 70)
+    monkeypatch.setattr(attention, "QUERIES", 70)
     assert (decode(tiny, latents, tmp_path, torch.float32) - want).abs().max() <= 2e-5
 
 

@@ -8,16 +8,16 @@ arXiv:1805.02867).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.layers import attend_in_parts
 from tiler.decoding import FACTOR
+from tiler.decoding.attention import QUERIES, Attend, keys_and_values_of, spacing
+from tiler.decoding.messages import Orders, Report
 from tiler.decoding.rows import (
     Conv,
     Down,
@@ -30,13 +30,12 @@ from tiler.decoding.rows import (
     Up,
     decoder_stages,
     encoder_stages,
-    latent_strips,
     means,
     strip_rows,
     to_tensor,
 )
 from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
-from tiler.decoding.sources import Source
+from tiler.decoding.sources import Source, latent_source
 from tiler.decoding.statistics import Frame, Pooled
 from tiler.decoding.work import of_attention, of_conv, of_picture, of_stage, of_weights, telling, through
 
@@ -48,8 +47,6 @@ if TYPE_CHECKING:
 
 Hold = Callable[[nn.Module], AbstractContextManager[None]]
 
-KEYS = 4096  # tokens of keys and values in memory at a time
-QUERIES = 1024
 ALONE = 2**20  # weight elements of an Up or Down that gets its own pass, to be held alone
 
 
@@ -70,47 +67,7 @@ class SecondHalf(Stage):
         return skip if self.block.shortcut is None else self.block.shortcut.conv(skip)
 
 
-class Attend(Stage):
-    """The mid-block attention of some rows to all tokens of the picture, stored as `memory` (keys above values)."""
-
-    growth = 4.0  # the scores exist beside the queries
-
-    def __init__(self, stage: MidAttention, memory: Rows) -> None:
-        self.stage, self.memory = stage, memory
-
-    def push(self, x: Tensor | None, last: bool) -> Tensor | None:
-        if x is None:
-            return None
-        a = self.stage.attention
-        tokens = self.stage.norm.apply(x).flatten(2).transpose(1, 2)
-        queries = a.to_q(tokens).unflatten(-1, (a.heads, -1)).transpose(1, 2)  # (1, heads, rows·W, d)
-        del tokens
-        mixed = torch.cat(
-            [attend_in_parts(part, self._parts(), a.to_q) for part in queries.split(QUERIES, dim=2)], dim=2
-        )
-        out = a.to_out[0](mixed.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(x.shape)
-        return (out + x).div_(a.rescale_output_factor)
-
-    def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the keys and values of some tokens at a time, (1, heads, n, d) each."""
-        heads, memory = self.stage.attention.heads, self.memory
-        for strip in memory.strips(KEYS * 4 * memory.channels):
-            keys, values = (
-                strip.flatten(2).transpose(1, 2).unflatten(-1, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
-            )
-            yield keys, values
-            if strip.is_meta:  # planning: one chunk of the memory suffices
-                return
-            del strip, keys, values  # freed before the next ones
-
-
-def spacing(height: int, width: int, most: int | None) -> int:
-    """The distance along rows and columns between the tokens that attention sees, such that about `most` remain; 1 if
-    `most` is None."""
-    return 1 if most is None else math.ceil(math.sqrt(height * width / most))
-
-
-def _work(stage: Stage) -> float:
+def work_of(stage: Stage) -> float:
     """The work for each pixel that comes out of a pass's stage."""
     if isinstance(stage, SecondHalf):
         shortcut = stage.block.shortcut
@@ -131,6 +88,16 @@ class Passes:
         self.frame, self.scratch, self.hold, self.check = frame, scratch, hold, check
         self._count = 0
 
+    def begin(self, chain: list[Stage], source: Source) -> Generator[Report, Orders]:
+        """What comes before each pass: whoever has only a slab of the picture reports to others and waits for them."""
+        yield from ()
+
+    def rows(
+        self, chain: list[Stage], source: Source, begin: int = 0, part: Callable[[], None] = lambda: None
+    ) -> Iterator[Tensor]:
+        """What a pass yields, from its input's row `begin` on. `part` as for `Source.through`."""
+        return source.through(chain, self.check, source.cuts(begin), part)
+
     def _next(self) -> tuple[int, Line | None]:
         number, self._count = self._count, self._count + 1
         return number, None if self.scratch.spool is None else self.scratch.spool.of(number)
@@ -149,7 +116,7 @@ class Passes:
         pooled = None if norm is None else Pooled(norm.norm.num_groups)
         number, known = self._next()
         out = None if known is None else self._recalled(known)
-        each, layers = through(chain, _work), _layers(chain)
+        each, layers = through(chain, work_of), layers_of(chain)
         self.scratch.worked += of_weights(layers) + (0 if out is None else out.count * out.width * each)
         if known is not None and pooled is not None and known.statistics is not None:
             pooled.recall(known.statistics)
@@ -165,8 +132,8 @@ class Passes:
             # It is read row by row just before it is overwritten; but a pass that is resumed needs its complete input.
             old = end.stored if isinstance(end, SecondHalf) and self.scratch.spool is None else None
             with self.hold(layers):
-                for x in source.through(chain, self.check, 0 if out is None else out.count, part):
-                    largest = None if pooled is None else self._pool(pooled, x, 0 if out is None else out.count)
+                for x in self.rows(chain, source, 0 if out is None else out.count, part):
+                    largest = None if pooled is None else self.pool(pooled, x, 0 if out is None else out.count)
                     if out is None:
                         channels, width = x.shape[1], x.shape[3]
                         fits = old is not None and channels <= old.channels and width == old.width
@@ -184,7 +151,7 @@ class Passes:
             out.over.give_back()
         return out
 
-    def _pool(self, pooled: Pooled, x: Tensor, row: int) -> float | None:
+    def pool(self, pooled: Pooled, x: Tensor, row: int) -> float | None:
         """Add the rows x, of which the first is `row`, without the frame's margin; their largest magnitude, if all of x
         was seen. Apart from `store`, so that no view of x outlives it."""
         inner = self.frame.inner(x, row)
@@ -195,7 +162,7 @@ class Passes:
         """Store the key and the value of every token, or of at most `most` evenly spaced ones, with twice the
         channels."""
         number, known = self._next()
-        a, frame, row, seen = stage.attention, self.frame, 0, 0
+        a, frame, row = stage.attention, self.frame, 0
         layers = nn.ModuleList([a.to_k, a.to_v])
         each = sum(map(of_conv, layers))
         self.scratch.worked += of_weights(layers)
@@ -209,18 +176,13 @@ class Passes:
         step = spacing(height, width, most)
         made: Rows | None = None
         with self.hold(layers):
-            for strip in stored.strips():
+            for strip in self.rows([], Source.of(stored)):
                 self.check("decode.keys")
-                x = frame.inner(strip, row)
+                if (both := keys_and_values_of(stage, strip, frame, row, step)) is not None:
+                    made = made or Rows(stored.scratch, 2 * stored.channels, both.shape[3], number=number)
+                    made.append(both)
+                    self.scratch.worked += both.shape[2] * both.shape[3] * each
                 row += strip.shape[2]
-                first, seen = (step // 2 - seen) % step, seen + x.shape[2]
-                x = x[:, :, first::step, step // 2 :: step]
-                tokens = stage.norm.apply(x).flatten(2).transpose(1, 2)
-                both = torch.cat([a.to_k(tokens), a.to_v(tokens)], dim=2)
-                made = made or Rows(stored.scratch, 2 * stored.channels, x.shape[3], number=number)
-                if x.shape[2]:
-                    made.append(both.transpose(1, 2).unflatten(2, tuple(x.shape[2:])))
-                    self.scratch.worked += x.shape[2] * x.shape[3] * each
         assert made is not None
         self._note(made, None)
         return made
@@ -228,7 +190,7 @@ class Passes:
 
 def stream(
     stages: list[Stage],
-    strips: Iterable[Tensor],
+    source: Source,
     frame: Frame,
     scratch: Scratch,
     *,
@@ -237,26 +199,41 @@ def stream(
     attend_to: int | None = None,
     hold_tokens: int = 0,
 ) -> Iterator[Tensor]:
-    """Push `strips`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
+    """Push the rows of `source`, (1, C, n, W) fp32 that make up `frame`, through `stages` → (C', n', W') top first.
 
     Attention sees at most `attend_to` evenly spaced tokens, None for all. The stages keep their statistics, and the
     keys and values of up to `hold_tokens` evenly spaced tokens of the attention.
     """
     passes = Passes(frame, scratch, hold, check)
-    source, chain = Source(lambda begin: strips, frame.height), list[Stage]()
+    for rows in in_passes(stages, source, passes, attend_to, hold_tokens):
+        assert isinstance(rows, Tensor)
+        yield rows
+
+
+def in_passes(
+    stages: list[Stage], source: Source, passes: Passes, attend_to: int | None = None, hold_tokens: int = 0
+) -> Generator[Tensor | Report, Orders]:
+    """Run the stages in `passes` over `source`: yield what the passes report between each other, and then the rows,
+    (C', n', W'), of the last one."""
+    chain, scratch = list[Stage](), passes.scratch
     for stage in stages:
-        norm = _first_norm(stage)
+        norm = first_norm(stage)
         if norm is None:
-            if isinstance(stage, (Up, Down)) and _layers([stage])[0].weight.numel() > ALONE:  # type: ignore[operator]
+            if isinstance(stage, (Up, Down)) and layers_of([stage])[0].weight.numel() > ALONE:  # type: ignore[operator]
+                yield from passes.begin(chain, source)
                 stored = passes.store(chain, source, None)
                 source, chain = Source.of(stored, strip_bytes=int(STRIP_BYTES / stage.growth)), []
             chain.append(stage)
             continue
+        yield from passes.begin(chain, source)
         stored = passes.store(chain, source, norm)
+        source, chain = Source.of(stored), [stage]
         if isinstance(stage, Resnet):
-            inner = passes.store([stage.conv1], Source.of(stored), stage.conv2.norm, keep=stored)
+            yield from passes.begin([stage.conv1], source)
+            inner = passes.store([stage.conv1], source, stage.conv2.norm, keep=stored)
             source, chain = Source.of(inner, stored), [SecondHalf(stage, stored)]
         elif isinstance(stage, MidAttention):
+            yield from passes.begin([], source)
             memory = passes.keys_and_values(stage, stored, attend_to)
             if hold_tokens:
                 step = spacing(memory.count, memory.width, hold_tokens)
@@ -264,25 +241,24 @@ def stream(
                 stage.hold(torch.cat(list(some), dim=2))
             source = Source.of(stored, memory, strip_bytes=QUERIES * 4 * stored.channels)
             chain = [Attend(stage, memory)]
-        else:
-            source, chain = Source.of(stored), [stage]
-    each, layers = through(chain, _work), _layers(chain)
+    yield from passes.begin(chain, source)
+    each, layers = through(chain, work_of), layers_of(chain)
     scratch.worked += of_weights(layers)
-    with hold(layers):
-        for rows in source.through(chain, check):
+    with passes.hold(layers):
+        for rows in passes.rows(chain, source):
             yield rows[0]
             scratch.worked += rows.shape[2] * rows.shape[3] * each
     if scratch.spool is None:  # the results for these rows may still be incomplete
         source.close()
 
 
-def _first_norm(stage: Stage) -> Norm | None:
+def first_norm(stage: Stage) -> Norm | None:
     if isinstance(stage, Resnet):
         return stage.conv1.norm
     return stage.norm if isinstance(stage, (Conv, MidAttention)) else None
 
 
-def _layers(chain: list[Stage]) -> nn.ModuleList:
+def layers_of(chain: list[Stage]) -> nn.ModuleList:
     """The layers whose weights a pass needs."""
     found: list[nn.Module] = []
     for stage in chain:
@@ -315,10 +291,10 @@ def decode(
     """
     stages = decoder_stages(vae.decoder, vae.post_quant_conv)
     frame = Frame(latents.shape[2], latents.shape[3], *margin)
-    strips = latent_strips(latents, strip_rows(frame.width))
+    source = latent_source(latents)
     check = telling(check, scratch, of_picture(stages, frame.height, frame.width, attend_to), progress)
     with scratch:
-        yield from stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to)
+        yield from stream(stages, source, frame, scratch, hold=hold, check=check, attend_to=attend_to)
 
 
 def encode(
@@ -339,55 +315,8 @@ def encode(
     stages = encoder_stages(vae.encoder, vae.quant_conv)
     rows = FACTOR * strip_rows(pixels.shape[1] // FACTOR)
     height, width = pixels.shape[:2]
-    strips = (to_tensor(pixels[top : top + rows]) for top in range(0, height, rows))
+    source = Source(lambda first, last: to_tensor(pixels[first:last]), height, rows)
     frame = Frame(height, width, *(FACTOR * n for n in margin))
     check = telling(check, scratch, of_picture(stages, height, width, attend_to), progress)
     with scratch:
-        return means(stream(stages, strips, frame, scratch, hold=hold, check=check, attend_to=attend_to))
-
-
-class Rehearsal(NamedTuple):
-    """The resources of a run. `peak_bytes`: the most on disk at once; `written_bytes`: in total; `flops` of the
-    convolutions; `apart_bytes`: the most on disk at once if passes are remembered."""
-
-    peak_bytes: int
-    written_bytes: int
-    flops: int
-    apart_bytes: int = 0
-
-
-def _flops(stages: list[Stage], pixels: int) -> int:
-    """The floating-point operations of the convolutions on that many pixels or latents, two for each multiply-add, as
-    if none were computed by Winograd."""
-    total = 0
-    for stage in stages:
-        pixels = 4 * pixels if isinstance(stage, Up) else pixels // 4 if isinstance(stage, Down) else pixels
-        names = ("conv1", "conv2", "shortcut") if isinstance(stage, Resnet) else ("conv",)
-        convs = (getattr(stage, name, None) for name in names)
-        layers = (conv.conv if isinstance(conv, Conv) else conv for conv in convs if conv is not None)
-        total += 2 * pixels * sum(layer.weight.numel() for layer in layers)
-    return total
-
-
-def rehearse(
-    vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
-) -> Rehearsal:
-    """Run `decode` or `encode` for latents of (height, width) on meta tensors.
-
-    A lower picture stands for one of any height: the memory does not depend on the height, and everything else is
-    proportional to it.
-    """
-    height, width = min(latents[0], KEYS // latents[1] + 8), latents[1]
-    scratch = Scratch(None, dtype)
-    if encoding:
-        stages, x = encoder_stages(vae.encoder, vae.quant_conv), (1, 3, FACTOR * height, FACTOR * width)
-    else:
-        stages = decoder_stages(vae.decoder, vae.post_quant_conv)
-        x = 1, vae.config.latent_channels, height, width
-    rows = strip_rows(width) * (FACTOR if encoding else 1)
-    strips = (torch.empty(1, x[1], min(rows, x[2] - top), x[3], device="meta") for top in range(0, x[2], rows))
-    flops = _flops(stages, x[2] * x[3])
-    for _ in stream(stages, strips, Frame(x[2], x[3]), scratch, hold=hold):
-        pass
-    found = scratch.peak_bytes, scratch.written_bytes, flops, scratch.apart_bytes
-    return Rehearsal(*(n * latents[0] // height for n in found))
+        return means(stream(stages, source, frame, scratch, hold=hold, check=check, attend_to=attend_to))

@@ -23,6 +23,7 @@ from torch import Tensor
 from tiler.decoding import FACTOR, exact
 from tiler.decoding.apart import Band, Early, Elsewhere, Waiting, Work, rows_of_all
 from tiler.decoding.held import recall, remember, to_bytes
+from tiler.decoding.rehearsal import Rehearsal
 from tiler.decoding.rows import (
     REACH,
     Check,
@@ -39,6 +40,7 @@ from tiler.decoding.rows import (
     to_tensor,
 )
 from tiler.decoding.scratch import Scratch
+from tiler.decoding.sources import Source
 from tiler.decoding.spool import BANDS
 from tiler.decoding.statistics import Frame
 from tiler.decoding.work import BY_ROWS, of_picture, telling
@@ -127,8 +129,8 @@ def _measure(
     height, width = part.shape[2:]
     frame = Frame(height, width)
     check = telling(check, scratch, of_picture(stages, height, width), progress)
-    strips = part.split(scale * strip_rows(width // scale), dim=2)
-    for _ in exact.stream(stages, strips, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
+    source = Source(lambda first, last: part[:, :, first:last], height, scale * strip_rows(width // scale))
+    for _ in exact.stream(stages, source, frame, scratch, hold=hold, check=check, hold_tokens=HELD_TOKENS):
         pass
 
 
@@ -303,7 +305,7 @@ def _band_means(
 
 def rehearse(
     vae: AutoencoderKL, latents: tuple[int, int], dtype: torch.dtype, hold: Hold, *, encoding: bool
-) -> exact.Rehearsal:
+) -> Rehearsal:
     """Run `decode` or `encode` for latents of (height, width) on meta tensors, for planning. Counts no arithmetic."""
     (height, width), scratch, all_bands = latents, Scratch(None, dtype), bands(latents[1])
     pushed = max(band.last - band.first for band in all_bands)
@@ -322,7 +324,7 @@ def rehearse(
         waiting = 3 * FACTOR**2 * height * sum(b.keep.stop - b.keep.start for b in all_bands[:-1]) * dtype.itemsize
         scratch.grow(waiting)
         scratch.written_bytes += waiting
-    return exact.Rehearsal(scratch.peak_bytes, scratch.written_bytes, 0)
+    return Rehearsal(scratch.peak_bytes, scratch.written_bytes, 0)
 
 
 def _stream(

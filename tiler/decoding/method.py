@@ -14,8 +14,9 @@ from torch import Tensor
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import NARROW
-from tiler.decoding import FACTOR, exact, frozen, tiny
+from tiler.decoding import FACTOR, exact, frozen, rehearsal, tiny
 from tiler.decoding.apart import Elsewhere
+from tiler.decoding.attention import spacing
 from tiler.decoding.frozen import Part
 from tiler.decoding.rows import REACH, Check, Latents, Pixels, decoder_stages, encoder_stages
 from tiler.decoding.scratch import Scratch
@@ -117,11 +118,11 @@ def choose(
 
     known = {} if rehearsed is None else rehearsed
 
-    def made(kind: Decode, why: str, rehearse: Callable[[], exact.Rehearsal | None]) -> DecodePlan:
+    def made(kind: Decode, why: str, rehearse: Callable[[], rehearsal.Rehearsal | None]) -> DecodePlan:
         key = kind, encoding, latents, dtype, streamer.policy.bf16
         if key not in known:
             with MetaMeter() as meter, torch.no_grad():
-                used = rehearse() or exact.Rehearsal(0, 0, 0)
+                used = rehearse() or rehearsal.Rehearsal(0, 0, 0)
             known[key] = meter.peak_bytes, used
         peak_bytes, used = known[key]
         # Without passes, it is the finished rows: fp32 latents or uint8 pixels.
@@ -139,7 +140,7 @@ def choose(
         return made(wanted, "as set", lambda: tiny.rehearse(vae, latents))
     method = made(
         Decode.EXACT, "there is room" if wanted is Decode.AUTO else "as set",
-        lambda: exact.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
+        lambda: rehearsal.rehearse(vae, latents, DTYPES[dtype], streamer.hold_transformed, encoding=encoding),
     )  # fmt: skip
 
     def lacking(method: DecodePlan) -> str:
@@ -176,7 +177,7 @@ def choose(
     elif wanted is Decode.SAMPLED:
         kind = wanted
     if kind is Decode.SAMPLED:
-        seen = tokens // exact.spacing(*latents, TOKENS) ** 2
+        seen = tokens // spacing(*latents, TOKENS) ** 2
     method = replace(method, kind=kind, why=why, attention=work(seen) / (1 + work(seen)))
     if wanted is Decode.AUTO and free < method.scratch_bytes:
         return take_frozen(lacking(method))

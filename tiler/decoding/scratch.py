@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tiler.decoding.messages import Packed
 from tiler.decoding.spool import Line, Spool
 from tiler.errors import NumericalError, StorageError
 from tiler.files import named
@@ -108,7 +110,8 @@ def free_bytes(folder: Path) -> int:
 class Rows:
     """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype. With `over`, its rows
     replace those of another picture, which must have been read before. In a spool they belong to pass `number`, and
-    start with the rows that are `known` of it."""
+    start with the rows that are `known` of it. The rows above `begin` belong to other processes: they take no space
+    where files may have holes."""
 
     def __init__(
         self,
@@ -119,15 +122,17 @@ class Rows:
         over: Rows | None = None,
         number: int = -1,
         known: Line | None = None,
+        begin: int = 0,
     ) -> None:
-        self.scratch, self.channels, self.width, self.count, self.number = scratch, channels, width, 0, number
+        self.scratch, self.channels, self.width, self.count, self.number = scratch, channels, width, begin, number
         self.row_bytes = channels * width * scratch.dtype.itemsize
         assert over is None or self.row_bytes <= over.stride
         self.stride: int = self.row_bytes if over is None else over.stride
         self.fd: int = over.fd if over is not None else -1 if scratch.folder is None else scratch.open(number)
         self.over = over
         self.stored_bytes: int = 0 if over is None else over.stored_bytes
-        self._scales: list[float] = []  # of each row
+        self._scales = [1.0] * begin  # of each row
+        self._hole_bytes = begin * self.stride
         if known is not None:
             self.count, self._scales = known.count, known.scales or [1.0] * known.count
             self.stored_bytes = known.count * self.row_bytes if self.fd >= 0 else 0
@@ -138,7 +143,7 @@ class Rows:
         """x: (1, channels, n, width) fp32, whose `largest` magnitude may be known. Raises NumericalError for NaN and
         Inf, StorageError."""
         n = x.shape[2]
-        grown = max(0, (self.count + n) * self.stride - self.stored_bytes)
+        grown = max(0, (self.count + n) * self.stride - self._hole_bytes - self.stored_bytes)
         self.scratch.grow(grown)
         self.scratch.grow_apart(n * self.row_bytes)
         self.scratch.written_bytes += n * self.row_bytes
@@ -159,10 +164,13 @@ class Rows:
         scale = 1.0 if fits else 2.0 ** math.ceil(math.log2(largest / FP16_ROOM))
         self._scales += [scale] * n
         stored.copy_(rows if scale == 1 else rows / scale)
-        data = stored.view(n, -1).view(torch.uint8).numpy()
+        self._write(self.count - n, stored.view(n, -1).view(torch.uint8).numpy())
+
+    def _write(self, first: int, data: np.ndarray) -> None:
+        """Write the bytes of some rows, (n, row_bytes) uint8."""
         try:
-            for i in range(n):
-                at, row = (self.count - n + i) * self.stride, memoryview(data[i])
+            for i in range(len(data)):
+                at, row = (first + i) * self.stride, memoryview(data[i])
                 while len(row):
                     done = os.pwrite(self.fd, row, at)
                     at, row = at + done, row[done:]
@@ -179,24 +187,49 @@ class Rows:
         out = torch.empty(1, n, self.width, self.channels, device=device)
         if stored.is_meta:
             return out.permute(0, 3, 1, 2)
-        data = stored.view(n, -1).view(torch.uint8).numpy()
-        try:
-            for i in range(n):
-                if not read_into(self.fd, memoryview(data[i]), (first + i) * self.stride):
-                    raise OSError(0, "the file ends early")
-        except OSError as error:
-            raise StorageError(
-                f"{self.scratch.folder}: reading scratch data failed ({error.strerror}); check the disk"
-            ) from error
+        self._read(first, stored.view(n, -1).view(torch.uint8).numpy())
         scales = self._scales[first:last]
         out.copy_(stored)
         if max(scales) > 1:
             out.mul_(torch.tensor(scales).view(-1, 1, 1))
         return out.permute(0, 3, 1, 2)
 
+    def _read(self, first: int, data: np.ndarray) -> None:
+        """Read the bytes of some rows into (n, row_bytes) uint8."""
+        try:
+            for i in range(len(data)):
+                if not read_into(self.fd, memoryview(data[i]), (first + i) * self.stride):
+                    raise OSError(0, "the file ends early")
+        except OSError as error:
+            raise StorageError(
+                f"{self.scratch.folder}: reading scratch data failed ({error.strerror}); check the disk"
+            ) from error
+
+    def packed(self, first: int, last: int) -> Packed:
+        """Rows [first, last) as they are stored."""
+        data = np.empty((last - first, self.row_bytes), np.uint8)
+        self._read(first, data)
+        return Packed(first, tuple(self._scales[first:last]), data)
+
+    def fill(self, rows: Packed) -> None:
+        """Store rows of other processes in their place. Raises StorageError."""
+        self._write(rows.first, rows.data)
+        self._scales[rows.first : rows.first + len(rows.data)] = rows.scales
+        self.scratch.grow(rows.data.nbytes)
+        self.stored_bytes += rows.data.nbytes
+
+    def settle(self, height: int) -> None:
+        """Nothing more is appended: the rows up to `height` belong to other processes."""
+        self._scales += [1.0] * (height - self.count)
+        self.count = height
+
+    def rows_in(self, nbytes: int = STRIP_BYTES) -> int:
+        """How many rows take about `nbytes` of fp32, at least one."""
+        return max(1, nbytes // (4 * self.channels * self.width))
+
     def strips(self, nbytes: int = STRIP_BYTES, begin: int = 0) -> Iterator[Tensor]:
         """All rows from `begin` on, a few at a time: about `nbytes` of fp32 each."""
-        step = max(1, nbytes // (4 * self.channels * self.width))
+        step = self.rows_in(nbytes)
         for first in range(begin, self.count, step):
             yield self.read(first, min(first + step, self.count))
 

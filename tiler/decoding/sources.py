@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from tiler.decoding.rows import Stage, flow
+from tiler.decoding.rows import Latents, Stage, flow, strip_rows
 from tiler.decoding.scratch import STRIP_BYTES, Rows
 
 if TYPE_CHECKING:
@@ -15,26 +17,29 @@ if TYPE_CHECKING:
 
 
 class Source:
-    """Strips from any row on, and the stored pictures that are not needed after the pass."""
+    """A picture of `height` rows, cut into strips of `step` rows, and the stored pictures that are not needed after the
+    pass. `read(first, last)` returns rows as (1, C, n, W) fp32."""
 
-    def __init__(self, strips: Callable[[int], Iterable[Tensor]], height: int, *stored: Rows) -> None:
-        self.strips, self.height, self.stored = strips, height, stored
+    def __init__(self, read: Callable[[int, int], Tensor], height: int, step: int, *stored: Rows) -> None:
+        self.read, self.height, self.step, self.stored = read, height, step, stored
 
     @classmethod
     def of(cls, first: Rows, *more: Rows, strip_bytes: int = STRIP_BYTES) -> Source:
-        return cls(lambda begin: first.strips(strip_bytes, begin), first.count, first, *more)
+        return cls(first.read, first.count, first.rows_in(strip_bytes), first, *more)
+
+    def cuts(self, begin: int = 0) -> Sequence[int]:
+        """The first row of each strip from the row `begin` on, and the row after the last one."""
+        return [*range(begin, self.height, self.step), self.height]
 
     def through(
-        self, chain: list[Stage], check: Check, begin: int = 0, part: Callable[[], None] = lambda: None
+        self, chain: list[Stage], check: Check, cuts: Sequence[int], part: Callable[[], None] = lambda: None
     ) -> Iterator[Tensor]:
-        """Push the strips through a chain of stages. `part` is called after everything that follows from a strip was
-        yielded."""
-        row = begin
-        for strip in self.strips(begin):
-            row += strip.shape[2]
-            box = [strip]
-            del strip
-            yield from flow(chain, box, row >= self.height, check=check)
+        """Push the strips between `cuts` through a chain of stages. `part` is called after everything that follows from
+        a strip was yielded."""
+        for first, last in pairwise(cuts):
+            box = [self.read(first, last)]
+            yield from flow(chain, box, last >= self.height, check=check)
+            del box  # without stages the strip is still in it
             part()
 
     def numbers(self, keep: Rows | None) -> tuple[int, ...]:
@@ -45,3 +50,12 @@ class Source:
         for rows in self.stored:
             if rows is not keep:
                 rows.close()
+
+
+def latent_source(latents: Latents) -> Source:
+    """The latents, (1, C, h, w), as the input of a decoder, channels-last."""
+    height, width = latents.shape[2:]
+    return Source(
+        lambda first, last: latents[:, :, first:last].contiguous(memory_format=torch.channels_last), height,
+        strip_rows(width),
+    )  # fmt: skip

@@ -67,6 +67,11 @@ class Spool:
         except OSError as error:
             raise self._lost(error) from error
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no pass is remembered."""
+        return not self._known
+
     def of(self, number: int) -> Line | None:
         """The remembered state of a pass."""
         return self._known.get(number)

@@ -31,12 +31,15 @@ class Pooled:
             x.new_empty(x.shape)  # planning: what is squared
             return None
         found = moments(x, self.groups) if library.library() is not None else _moments(x, self.groups)
-        n = x.numel() // self.groups
-        delta, total = found.mean - self.mean, self.count + n
-        self.m2 += found.squares + delta.square() * (self.count * n / total)
-        self.mean += delta * (n / total)
-        self.count = total
+        self.fold(x.numel() // self.groups, found.mean, found.squares)
         return max(-found.least, found.most) if math.isfinite(float(found.mean.sum())) else math.nan
+
+    def fold(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        """Add `count` values of each group: their mean, and the sum of squared differences from it, (groups,) fp64."""
+        delta, total = mean - self.mean, self.count + count
+        self.m2 += squares + delta.square() * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
 
     def told(self) -> tuple[int, list[str], list[str]]:
         """The statistics in the form that a spool stores, exact to the last bit."""
@@ -63,6 +66,19 @@ def _moments(x: Tensor, groups: int) -> Moments:
     return Moments(mean.double(), var.double() * (x.numel() // groups), float(low), float(high))
 
 
+class Noted(Pooled):
+    """The moments of each strip, not pooled, for whoever pools those of several processes in the picture's order."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__(groups)
+        self.counts: list[int] = []
+        self.moments: list[Tensor] = []  # (2, groups) fp64 each: means, and sums of squares
+
+    def fold(self, count: int, mean: Tensor, squares: Tensor) -> None:
+        self.counts.append(count)
+        self.moments.append(torch.stack([mean, squares]))
+
+
 class Frame(NamedTuple):
     """The input's size, and the margin on each side (above and below, left and right) that repeats the opposite side.
     The margin is for convolutions only: statistics and attention see every pixel once."""
@@ -75,6 +91,11 @@ class Frame(NamedTuple):
     def inner(self, part: Tensor, row: int) -> Tensor:
         """The part of `part` without the margin. `part` contains complete rows from `row` on, (1, C, n, W), at any
         scale of the input."""
-        scale = Fraction(part.shape[3], self.width)
-        y, x, bottom = int(self.y * scale), int(self.x * scale), int((self.height - self.y) * scale)
+        y, x, bottom = self.bounds(part.shape[3])
         return part[:, :, max(0, y - row) : max(0, bottom - row), x : part.shape[3] - x]
+
+    def bounds(self, width: int) -> tuple[int, int, int]:
+        """The first row and column without the margin, and the row after the last one, at the scale of rows of `width`:
+        (top, left, bottom)."""
+        scale = Fraction(width, self.width)
+        return int(self.y * scale), int(self.x * scale), int((self.height - self.y) * scale)
