@@ -81,7 +81,7 @@ def _paint(run: RenderRun, poster: Poster | None, workers: AbstractContextManage
     phases.save_canvas(run, latents)
     # If the writer fails, the decoder's scratch files must still be closed.
     unscaled = pixels.unscaled(latents, run.plan.decoder)
-    decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents), cluster.bands_of(run))
+    decoded = pixels.decode(run, run.decoding, unscaled, phases.remembered(run, latents), cluster.decoders_of(run))
     with closing(repainting.whole_picture(run.request, decoded, poster, run.plan.spot)) as rows:
         wanted = run.request
         write_picture(

@@ -14,9 +14,8 @@ from torch import Tensor
 from tiler import interrupts
 from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
-from tiler.decoding.apart import Elsewhere
 from tiler.decoding.kept import KeptRows
-from tiler.decoding.method import DecodePlan
+from tiler.decoding.method import DecodePlan, Others
 from tiler.decoding.rows import Latents, to_uint8
 from tiler.decoding.spool import Spool
 from tiler.diffusion.stored import StoredArray
@@ -40,10 +39,10 @@ class Decoding(NamedTuple):
 
 
 def decode(
-    run: Run, decoding: Decoding, latents: Latents, spool: Spool | None = None, elsewhere: Elsewhere | None = None
+    run: Run, decoding: Decoding, latents: Latents, spool: Spool | None = None, others: Others | None = None
 ) -> Generator[np.ndarray]:
-    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled. What can be decoded
-    `elsewhere` is."""
+    """The picture's rows, (n, W, 3) uint8, top first; `latents` (1, C, h, w) are unscaled. There may be `others`
+    who decode."""
     spec, plan, resident, planned_bytes, crop = decoding
     vae = run.models.vae(spec)
     options = vae_streaming(spec, vae, plan.precision)._asdict()
@@ -55,7 +54,7 @@ def decode(
     ):
         check = at_rows(run.budget, planned_bytes)
         tell = percent(run.on_event, Phase.DECODE)
-        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, tell, spool, elsewhere), *crop)
+        yield from cropped(decode_pixels(plan, vae, streamer, latents, check, tell, spool, others), *crop)
 
 
 class Unscaled:
@@ -88,7 +87,7 @@ def unscaled(latents: Tensor | StoredArray, spec: VaeSpec) -> Latents:
 
 def decode_pixels(
     plan: DecodePlan, vae: Any, streamer: Streamer, unscaled: Latents, check: Callable[[str], None],
-    progress: Callable[[float], None], spool: Spool | None = None, elsewhere: Elsewhere | None = None,
+    progress: Callable[[float], None], spool: Spool | None = None, others: Others | None = None,
 ) -> Generator[np.ndarray]:  # fmt: skip
     """Decode (1, C, h, w) fp32 latents into rows (n, FACTOR·w, 3) uint8. Raises NumericalError rather than return a
     black picture."""
@@ -101,7 +100,7 @@ def decode_pixels(
         if row and row == FACTOR * unscaled.shape[2]:
             return
         decoded = method.decode(
-            plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool, begin=row, elsewhere=elsewhere
+            plan, vae, streamer, unscaled, check=check, progress=progress, spool=spool, begin=row, others=others
         )  # fmt: skip
         for strip in stack.enter_context(closing(decoded)):
             if not math.isfinite(float(strip.sum())):

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from tests.cluster.conftest import CEILING, Drawn, Fleet, draw, free_port, open_
 from tests.conftest import Ran
 from tiler import events, phases
 from tiler.cli import supervise
-from tiler.cluster import ceilings
+from tiler.cluster import ceilings, slabs
 from tiler.cluster.engine import Engine
 from tiler.cluster.status import workers
 from tiler.decoding import frozen
+from tiler.decoding.messages import Orders, Report
 from tiler.diffusion.prompts import Prompts
 from tiler.errors import TilerError
 from tiler.render_run import RenderRun
@@ -198,6 +199,44 @@ def test_idle_workers_decode_bands(fleet: Fleet, tiny: Path, tmp_path: Path, mon
     decoded = many.report["decoders"]
     assert sum(worker["rows"] for worker in decoded) == 96 * len(frozen.bands(80)) == 96 * 4
     assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in decoded)
+
+
+LAYERS: dict[str, Any] = {"size": 512, "num_inference_steps": 1, "decode": Decode.EXACT, "precision": Precision.FP32}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """A picture that is decoded layer by layer, by one process."""
+    return draw(Path("mini"), tmp_path_factory.mktemp("whole"), **LAYERS)
+
+
+def test_idle_workers_decode_slabs(fleet: Fleet, whole: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
+    many = draw(Path("mini"), tmp_path, **LAYERS, **fleet.through)
+    assert many.picture == whole.picture and not whole.report["decoders"]
+    decoded = many.report["decoders"]
+    assert {worker["name"] for worker in decoded} == {"a", "b"} and sum(worker["rows"] for worker in decoded) == 512
+    assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in decoded)
+
+
+def test_a_worker_that_is_killed_while_it_decodes_changes_no_byte(
+    fleet: Fleet, whole: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process decodes the picture, since one worker alone does not decode faster."""
+    go_on, seen = slabs.Slabs.go_on, list[str]()
+
+    def killing(self: slabs.Slabs, orders: Sequence[Orders]) -> list[Report]:
+        seen.append(self._team[0].name)
+        if len(seen) == 10:  # of the passes
+            fleet.end(seen[0])
+        return go_on(self, orders)
+
+    monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
+    monkeypatch.setattr(slabs.Slabs, "go_on", killing)
+    many = draw(Path("mini"), tmp_path, **LAYERS, **fleet.through)
+    assert many.picture == whole.picture and f"worker {seen[0]} is gone" in many.notes
+    assert any(note.startswith("fewer than two workers are ready") for note in many.notes)
+    fleet.start(seen[0])
 
 
 def test_nobody_listens_where_nobody_was_asked_to(fleet: Fleet) -> None:

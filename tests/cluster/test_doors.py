@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import distributed
 import make_checkpoint
@@ -28,6 +29,7 @@ from tiler.cluster.bench import Bench
 from tiler.cluster.engine import Engine
 from tiler.cluster.keys import find_keys, make_keys
 from tiler.cluster.shared import Greeting, SharedJob, window_of
+from tiler.decoding.messages import Fetch
 from tiler.denoiser import denoiser_id
 from tiler.diffusion.runner import Tile
 from tiler.errors import BudgetRefused, ClusterError, Interrupted, UsageError
@@ -36,10 +38,10 @@ from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.samples import Prompt
 from tiler.phases import start
-from tiler.planning.render import JOINED_BYTES, SENT_PROMPTS
+from tiler.planning.render import CONNECTIONS_BYTES, JOINED_BYTES, SENT_PROMPTS
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
-from tiler.request import Precision
+from tiler.request import Decode, Precision
 from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, scheduler_of
 
 
@@ -253,8 +255,11 @@ def test_a_job_is_opened_before_its_prompts_are_known(job: SharedJob, monkeypatc
 class FakeDecoder:
     """In place of the autoencoder of a job; a probe of ones fails."""
 
+    opened: ClassVar[list[FakeDecoder]]
+
     def __init__(self, job: SharedJob, *more: object) -> None:
         self.job, self.is_open = job.name, True
+        self.opened.append(self)
 
     def probe(self, statistics: bytes, latents: np.ndarray) -> np.ndarray:
         if latents.any():
@@ -296,8 +301,8 @@ def test_a_job_is_read_without_a_copy_of_the_whole(job: SharedJob) -> None:
 
 
 def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[FakeDecoder] = []
-    monkeypatch.setattr("tiler.cluster.bench.Decoder", lambda *given: opened.append(FakeDecoder(*given)) or opened[-1])
+    opened = FakeDecoder.opened = list[FakeDecoder]()
+    monkeypatch.setattr("tiler.cluster.bench.BandDecoder", FakeDecoder)
 
     def decoder(name: str, value: float = 0.0) -> Greeting:
         latents = np.full((1, 4, 8, 8), value, np.float32)
@@ -311,6 +316,10 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
         tasks.begin(lambda: bench, 10**9)
         try:
             assert not decoder("a").refusal and not decoder("a").refusal and decoder("b").is_taken
+            assert Greeting.from_json(
+                tasks.open_slabs(replace(job, name="b").to_bytes(), Decode.EXACT.value, (8, 8))
+            ).is_taken
+            assert tasks.decode_slab("a", 0, Fetch()).is_closed, "it decodes bands"
             assert [one.is_open for one in opened] == [True]
             assert not hello(job).refusal and [one.is_open for one in opened] == [False] and decoder("b").is_taken
             tasks.close(job.name)
@@ -345,7 +354,7 @@ def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Pat
     assert ceilings.share_of(without, 1) - ceilings.share_of(run, 1) == run.plan.preview_bytes
 
 
-def test_the_connection_is_in_the_plan_of_every_phase_until_the_picture(tiny: Path, tmp_path: Path) -> None:
+def test_the_connection_is_in_the_plan_of_every_phase(tiny: Path, tmp_path: Path) -> None:
     """Workers elsewhere open the model while prompts are encoded, and get the prompts while the guide is made."""
     said = {"output": tmp_path / "x.png", "guide": True, "insecure": True}
     sent: list[int] = []
@@ -361,7 +370,8 @@ def test_the_connection_is_in_the_plan_of_every_phase_until_the_picture(tiny: Pa
         return {name: nbytes for (name, what), nbytes in terms.items() if what == "cluster"}
 
     found = counted("listen:127.0.0.1:9")
-    assert set(found) == {"encode prompts", "guide", "guide picture", "canvas"}
+    assert set(found) == {"encode prompts", "guide", "guide picture", "canvas", "decode"}
+    assert found["decode"] == CONNECTIONS_BYTES
     assert found["encode prompts"] == JOINED_BYTES
     assert found["guide"] == found["guide picture"] == JOINED_BYTES + sent[0]
     assert set(counted("local:1")) == {"canvas"}

@@ -15,7 +15,7 @@ from tiler.decoding.method import ScratchSpace
 from tiler.models.built import Models
 from tiler.models.family import read_family
 from tiler.planning.fit import with_resident
-from tiler.planning.peaks import ACTIVATIONS, DenoiserPeaks, VaePeaks, with_preview
+from tiler.planning.peaks import ACTIVATIONS, DenoiserPeaks, VaePeaks, in_place_of_activations
 from tiler.planning.resolve import fill
 from tiler.planning.table import PhasePlan, Term
 from tiler.planning.tiling import plan_tiling
@@ -77,8 +77,8 @@ def test_prompts_that_wait_are_counted(in_process: Any, tiny: Path) -> None:
 
 def test_a_preview_takes_the_memory_of_a_pass_that_is_over() -> None:
     phase = PhasePlan(name="canvas", terms=(Term(name="canvas", nbytes=5), Term(name=ACTIVATIONS, nbytes=100)))
-    assert with_preview(phase, 90) == phase
-    assert with_preview(phase, 130).peak_bytes == phase.peak_bytes + 30
+    assert in_place_of_activations(phase, "preview", 90) == phase
+    assert in_place_of_activations(phase, "preview", 130).peak_bytes == phase.peak_bytes + 30
 
 
 class Marked(DenoiserPeaks):

@@ -104,6 +104,8 @@ def _cluster(facts: dict[str, Any]) -> Iterator[str]:
     able = [worker for worker in facts["workers"] if not worker["problem"]]
     if able:
         took = f"the canvas takes {_span(facts['canvas_seconds'])}, or {_span(facts['alone_seconds'])} without workers"
+        if facts["decode_seconds"] < facts["decode_alone_seconds"]:
+            took += f"; decoding {_span(facts['decode_seconds'])}, or {_span(facts['decode_alone_seconds'])}"
         yield f"cluster: {_hours(facts)} in all; {took}"
     else:
         yield "cluster: no worker can do this; after a minute, this process would continue alone"

@@ -4,7 +4,7 @@ worker imports it late."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from tiler import phases
-from tiler.cluster.decoder import Decoder
+from tiler.cluster.decoder import BandDecoder, SlabDecoder
 from tiler.cluster.shared import BandPlace, Estimate, Greeting, SharedJob, Taken, Window, digest_of
 from tiler.compute.cpu import computed_by
 from tiler.compute.stream import Streamer
+from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
 from tiler.denoiser import DenoiserRun, denoiser_id, open_weights, prepare_weights, runner_on
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
@@ -33,7 +34,7 @@ from tiler.planning.render import plan_render
 from tiler.planning.summary import seconds_per_tile
 from tiler.planning.tiling import Tiling, plan_tiling
 from tiler.planning.time import Speed
-from tiler.request import ResolvedRequest
+from tiler.request import Decode, ResolvedRequest
 from tiler.request.render import OF_THE_DENOISER
 from tiler.run import measure
 from tiler.weights.packed import default_cache
@@ -76,7 +77,7 @@ class Bench:
         self._stack = ExitStack()
         self._streamer: Streamer | None = None
         self._ahead: _Ahead | None = None
-        self._decoder: Decoder | None = None
+        self._decoder: BandDecoder | SlabDecoder | None = None
         self._decoded = 0.0  # when it was used last
 
     @property
@@ -173,39 +174,69 @@ class Bench:
 
     @torch.no_grad()
     def open_decoder(self, job: SharedJob, statistics_bytes: int, size: tuple[int, int]) -> None:
-        """Open the decoder of a job if this machine has nothing else to do. Raises TilerError."""
+        """Open the decoder of a job for bands if this machine has nothing else to do. Raises TilerError."""
+        self._open_decoder(job, lambda here: BandDecoder(job, here, statistics_bytes, size, self._budget))
+
+    @torch.no_grad()
+    def open_slabs(self, job: SharedJob, method: str, size: tuple[int, int]) -> None:
+        """Open the decoder of a job for slabs if this machine has nothing else to do. Raises TilerError."""
+        self._open_decoder(job, lambda here: SlabDecoder(job, here, Decode(method), size, self._budget))
+
+    def _open_decoder(self, job: SharedJob, opened: Callable[[ResolvedRequest], BandDecoder | SlabDecoder]) -> None:
         self._forget()
         if self._decoder is None or self._decoder.job != job.name:
             if self.jobs or self._decoder is not None:
                 raise Taken("it works for another render")
             self.close()  # what was opened ahead
-            self._decoder = Decoder(job, self._of_here(job), statistics_bytes, size, self._budget)
+            self._decoder = opened(self._of_here(job))
         self._decoded = time.monotonic()
+
+    def _greeting(self, digest: str, seconds: float) -> Greeting:
+        return Greeting(
+            digest=digest, seconds=seconds, threads=torch.get_num_threads(),
+            max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
+        )  # fmt: skip
 
     @torch.no_grad()
     def greet_decoder(self, job: str, statistics: bytes, latents: np.ndarray) -> Greeting:
         """Give the open decoder its statistics, and return a greeting with the digest of the pixels of a few latents.
         Raises TilerError."""
-        if self._decoder is None or self._decoder.job != job:
+        if not isinstance(self._decoder, BandDecoder) or self._decoder.job != job:
+            raise Taken("it works for another render")
+        self._decoded, start = time.monotonic(), time.perf_counter()
+        digest = digest_of(self._decoder.probe(statistics, latents))
+        return self._greeting(digest, time.perf_counter() - start)
+
+    @torch.no_grad()
+    def greet_slabs(self, job: str, latents: np.ndarray) -> Greeting:
+        """Return a greeting with the digest of the pixels of a few latents. Raises TilerError."""
+        if not isinstance(self._decoder, SlabDecoder) or self._decoder.job != job:
             raise Taken("it works for another render")
         self._decoded = time.monotonic()
-        start = time.perf_counter()
-        digest = digest_of(self._decoder.probe(statistics, latents))
-        return Greeting(
-            digest=digest, seconds=time.perf_counter() - start, threads=torch.get_num_threads(),
-            max_ram_bytes=self._budget.max_bytes, peak_rss_bytes=self.peak_rss_bytes,
-        )  # fmt: skip
+        pixels, seconds = self._decoder.probe(latents)
+        return self._greeting(digest_of(pixels), seconds)
 
     @torch.no_grad()
     def decode(self, job: str, place: BandPlace, row: int, columns: np.ndarray | None) -> np.ndarray | None:
         """The next rows of a band, (3, n, w) fp32. None if its latents must be sent, or the job is not open. Raises
         TilerError."""
-        if self._decoder is None or self._decoder.job != job:
+        if not isinstance(self._decoder, BandDecoder) or self._decoder.job != job:
             return None
         rows = self._decoder.decode(place, row, columns)
         self._budget.check("decode")
         self._decoded = time.monotonic()
         return rows
+
+    @torch.no_grad()
+    def decode_slab(self, job: str, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
+        """Do what comes next for a slab, of which this is the message `number`. None if the job or its slab is not
+        open. Raises TilerError."""
+        if not isinstance(self._decoder, SlabDecoder) or self._decoder.job != job:
+            return None
+        told = self._decoder.decode(number, asked)
+        self._budget.check("decode")
+        self._decoded = time.monotonic()
+        return told
 
     def _beside(self, begun: DenoiserRun, job: SharedJob) -> DenoiserRun:
         """Return a run of `job` that uses the weights of `begun`, a run that is already open. Raises Taken if it

@@ -1,5 +1,5 @@
-"""The worker's side of decoding: bands of a picture, by an autoencoder that is open under the worker's own ceiling.
-This module imports torch, so a worker imports it late."""
+"""The worker's side of decoding: bands or slabs of a picture, by an autoencoder that is open under the worker's own
+ceiling. This module imports torch, so a worker imports it late."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from torch import Tensor
 
 from tiler import phases
 from tiler.cluster.shared import BandPlace, SharedJob
-from tiler.decoding import frozen, held
+from tiler.decoding import frozen, held, lockstep
 from tiler.decoding.apart import ANSWER_BYTES, PIECE_BYTES, Band
-from tiler.decoding.method import ScratchSpace
+from tiler.decoding.lockstep import EDGE_BYTES
+from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
+from tiler.decoding.method import DTYPES, ScratchSpace
 from tiler.decoding.rows import Stage, decoder_stages
+from tiler.decoding.scratch import Scratch
+from tiler.decoding.slabs import SlabRun
 from tiler.denoiser import decoder_id
 from tiler.errors import BudgetRefused, ClusterError
 from tiler.memory.budget import Budget, format_mb
@@ -45,13 +49,14 @@ class Columns:
 
 
 class Decoder:
-    """The autoencoder of a job, for bands of a picture with `statistics_bytes` of held statistics, and the band under
-    way. `size` is that of its largest band in latents, (height, width). Raises TilerError."""
+    """The autoencoder of a job, opened under the ceiling to decode at most `size` latents, (height, width), by
+    `method`. `own_bytes` are what this process holds beside. Raises TilerError."""
 
     def __init__(
-        self, job: SharedJob, request: ResolvedRequest, statistics_bytes: int, size: tuple[int, int], budget: Budget
-    ) -> None:
-        self.job, self._statistics = job.name, b""
+        self, job: SharedJob, request: ResolvedRequest, method: Decode, size: tuple[int, int], own_bytes: int,
+        budget: Budget,
+    ) -> None:  # fmt: skip
+        self.job = job.name
         models = phases.open_models(families.open_family(request, reads_text=False))
         spec = models.decoder
         if (found := decoder_id(models)) != job.model_id:
@@ -59,11 +64,10 @@ class Decoder:
         self._vae = models.vae(spec)
         facts = measure(request.scratch_folder)
         precision = choose_decode_precision(request.decode_precision, Precision.FP32, bf16=facts.arithmetic.bf16)
-        # The columns as they came and as they are read, the statistics, and an answer: its strips, joined, and sent.
-        own = 8 * spec.config["latent_channels"] * size[0] * size[1] + statistics_bytes + 3 * ANSWER_BYTES
+        own = own_bytes + 8 * spec.config["latent_channels"] * size[0] * size[1]  # as they came, and as they are read
         space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
         _, plan, resident = plan_decode(
-            models, size, facts, budget.max_bytes - own, decode=Decode.FROZEN, precision=precision, space=space,
+            models, size, facts, budget.max_bytes - own, decode=method, precision=precision, space=space,
             wrap=Wrap.NONE,
         )  # fmt: skip
         if not plan.fits:
@@ -74,12 +78,26 @@ class Decoder:
         self._check = at_rows(budget, plan.peak_bytes + own)
         self._stack = ExitStack()
         options = vae_streaming(spec, self._vae, precision)._asdict()
-        self._stack.enter_context(streamed(self._vae, spec.weights, families.vae_names, resident, **options))
-        self._strips: Iterator[Tensor] = iter(())
-        self._at: tuple[int, int] | None = None  # band, and the row of pixels that comes next
+        self._streamer = self._stack.enter_context(
+            streamed(self._vae, spec.weights, families.vae_names, resident, **options)
+        )
 
     def close(self) -> None:
         self._stack.close()
+
+
+class BandDecoder(Decoder):
+    """For bands of a picture with `statistics_bytes` of held statistics: the band under way. `size` is that of its
+    largest band in latents, (height, width). Raises TilerError."""
+
+    def __init__(
+        self, job: SharedJob, request: ResolvedRequest, statistics_bytes: int, size: tuple[int, int], budget: Budget
+    ) -> None:
+        # The statistics, and an answer: its strips, joined, and sent.
+        super().__init__(job, request, Decode.FROZEN, size, statistics_bytes + 3 * ANSWER_BYTES, budget)
+        self._statistics = b""
+        self._strips: Iterator[Tensor] = iter(())
+        self._at: tuple[int, int] | None = None  # band, and the row of pixels that comes next
 
     def _stages(self) -> list[Stage]:
         stages = decoder_stages(self._vae.decoder, self._vae.post_quant_conv)
@@ -109,3 +127,48 @@ class Decoder:
         rows = torch.cat(found, dim=1)
         self._at = place.number, row + rows.shape[1]
         return rows.numpy()
+
+
+class SlabDecoder(Decoder):
+    """For slabs of a picture, decoded by `method`: the slab under way. `size` is that of the largest slab in latents,
+    (height, width). Raises TilerError."""
+
+    def __init__(
+        self, job: SharedJob, request: ResolvedRequest, method: Decode, size: tuple[int, int], budget: Budget
+    ) -> None:
+        # The rows for and from other slabs, or an answer: its strips, joined, and sent.
+        super().__init__(job, request, method, size, max(2 * EDGE_BYTES, 3 * ANSWER_BYTES), budget)
+        self._space = request.scratch_folder, DTYPES[request.scratch_dtype]
+        self._run: SlabRun | None = None
+        self._next = 0  # the number of the message that comes next
+        self._stack.callback(self._end)
+
+    def _end(self) -> None:
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+
+    def probe(self, latents: np.ndarray) -> tuple[np.ndarray, float]:
+        """Decode a few latents, (1, C, h, w), as a picture of their own → (3, 8h, 8w) fp32, and the seconds it took."""
+        some, hold = torch.from_numpy(latents.copy()), self._streamer.hold_transformed
+        pixels, seconds = lockstep.probe(self._vae, some, Scratch(*self._space), hold, self._check)
+        return pixels.numpy(), seconds
+
+    def decode(self, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
+        """Do what comes next for the slab under way. None if there is none, or if the message with this `number` is not
+        the one that follows, which an engine that runs a task twice would cause. Raises TilerError."""
+        if isinstance(asked, Begin):
+            self._end()
+            hold = self._streamer.hold_transformed
+            self._run, self._next = SlabRun(self._vae, Scratch(*self._space), asked, hold=hold, check=self._check), 1
+            return self._run.go_on()
+        if self._run is None or number != self._next:
+            self._end()
+            return None
+        self._next += 1
+        if isinstance(asked, Orders):
+            return self._run.go_on(asked)
+        if asked.ahead:
+            self._run.compute_ahead()
+            return Report(is_ready=True)
+        return self._run.piece(PIECE_BYTES)

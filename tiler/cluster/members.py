@@ -126,7 +126,7 @@ class Members:
             return False
         if self._running is not None and self._running() <= sum(m.is_out for m in self._members.values()):
             return True
-        if self._patience is None or self._is_greeting:
+        if self._patience is None or self.is_greeting:
             return False
         patience = max(_LOST, self._patience) if self._is_lost else self._patience
         return time.monotonic() - self._deserted_since >= patience
@@ -135,11 +135,11 @@ class Members:
     def are_taken(self) -> bool:
         """Whether every worker that has come works for another render, or was left out."""
         return bool(self._members) and not (
-            self._is_greeting or self.ready() or (self._has_unasked and not self._are_enough)
+            self.is_greeting or self.ready() or (self._has_unasked and not self._are_enough)
         )
 
     @property
-    def _is_greeting(self) -> bool:
+    def is_greeting(self) -> bool:
         """Whether some workers have not answered yet."""
         return bool(self._greetings or self._reaching or self._turns)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,15 +15,19 @@ from tiler.cluster.engine import Engine
 from tiler.cluster.shared import Estimate, SharedJob
 from tiler.cluster.sharing import Pace
 from tiler.cluster.simulation import Forecast, simulate
+from tiler.decoding.apart import DECODERS
+from tiler.decoding.lockstep import FEWEST, slabs_in
 from tiler.errors import ClusterError
+from tiler.events import Phase
 from tiler.planning.summary import seconds_per_tile
-from tiler.planning.time import Speed
+from tiler.planning.time import Speed, coding_seconds
 from tiler.render_run import RenderRun
 from tiler.request.cluster import Cluster, Where
 
 _JOINING = 15.0  # seconds in which workers that look for a scheduler may join
 _LAST = 7.0  # seconds after the last worker joined: each retries every 5
 _ANSWER = 60.0  # seconds for their estimates
+_TOGETHER = 1.2  # the work of all slabs, and of waiting for each other, over that of one process
 _TASKS = 20_000  # in a simulation: further steps take as long as the simulated ones
 
 
@@ -40,13 +45,15 @@ class Expected:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """The time of the canvas in seconds with these workers, of two such canvases at once, and with this process
-    alone."""
+    """The time of the canvas in seconds with these workers, of two such canvases at once, and with this process alone;
+    and that of decoding with them and alone."""
 
     workers: tuple[Expected, ...]
     canvas_seconds: float
     pair_seconds: float
     alone_seconds: float
+    decode_seconds: float
+    decode_alone_seconds: float
 
     def facts(self) -> dict[str, Any]:
         """Return the outlook for JSON."""
@@ -63,10 +70,13 @@ def look(run: RenderRun, cluster: Cluster, speed: Speed) -> Outlook:
     able = [name for name, estimate in found.items() if not estimate.refusal]
     tiles, steps = len(plan.regions), len(plan.canvas_steps)
     alone = here * sum(map(len, plan.canvas_steps))
+    method = plan.methods[Phase.DECODE]
+    height, decoding = plan.canvas[0] + 2 * method.margin[0], coding_seconds(method, speed)
     if not able or not steps:
         return Outlook(
             workers=tuple(Expected(name=name, problem=found[name].refusal) for name in found),
             canvas_seconds=alone, pair_seconds=2 * alone, alone_seconds=alone,
+            decode_seconds=decoding, decode_alone_seconds=decoding,
         )  # fmt: skip
     fleet = [Pace.expected(found[name].seconds, found[name].tiles) for name in able]
     simulated = max(1, min(steps, _TASKS // max(1, tiles)))
@@ -75,7 +85,22 @@ def look(run: RenderRun, cluster: Cluster, speed: Speed) -> Outlook:
     return Outlook(
         workers=tuple(_expected(name, found[name], able, one, scale) for name in found),
         canvas_seconds=one.seconds * scale, pair_seconds=two.seconds * scale, alone_seconds=alone,
+        decode_seconds=(
+            slab_seconds(decoding, slabs_in(height), [here / found[name].seconds for name in able])
+            if cluster.decodes and method.by_layers
+            else decoding
+        ),
+        decode_alone_seconds=decoding,
     )  # fmt: skip
+
+
+def slab_seconds(alone: float, most: int, speeds: Sequence[float]) -> float:
+    """The time of decoding in at most `most` slabs by workers of these speeds, as multiples of this process's, which
+    takes `alone` seconds and decodes if they are not faster. Bands are not estimated."""
+    slabs = min(len(speeds), DECODERS, most)
+    if slabs < FEWEST:
+        return alone
+    return min(alone, _TOGETHER * alone / sum(sorted(speeds, reverse=True)[:slabs]))
 
 
 def _expected(name: str, estimate: Estimate, able: list[str], forecast: Forecast, scale: float) -> Expected:

@@ -14,7 +14,9 @@ import torch
 
 from tiler import events, interrupts
 from tiler.cluster.shared import SharedJob, digest_of
-from tiler.decoding.apart import DECODERS, Apart, Elsewhere, Work
+from tiler.decoding.apart import DECODERS, Apart, Work
+from tiler.decoding.lockstep import SlabWork, Team
+from tiler.decoding.method import Others
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
@@ -31,6 +33,7 @@ from tiler.request.cluster import Cluster, Where, parse_cluster
 if TYPE_CHECKING:
     from tiler.cluster.ceilings import Shares
     from tiler.cluster.engine import Engine
+    from tiler.cluster.greetings import Asked
     from tiler.cluster.members import Members
     from tiler.cluster.outlook import Outlook
 
@@ -38,6 +41,8 @@ _PATIENCE = 60.0  # seconds without any worker after which this process continue
 _DECODING_PATIENCE = 15.0  # the same for decoding
 _GREETING = 45.0  # seconds in which a worker opens the decoder, if it has nothing else to do
 _RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
+_SETTLING = 2.0  # seconds that others have to get ready once some can decode
+_JOINING = 12.0  # the same for workers that look for this process's scheduler
 _CLOSING = 2.0  # seconds that the end of a render waits for the scheduler's answer to an earlier request
 
 
@@ -220,23 +225,49 @@ def _note_address(cluster: Cluster, engine: Engine, run: RenderRun) -> None:
         run.note(f"waiting for workers at {engine.address}")
 
 
-def bands_of(run: RenderRun) -> Elsewhere | None:
-    """Return what opens the workers that decode bands of the picture; None if its method has none, or if all workers
-    share this machine with this process alone."""
-    if run.request.cluster is None or run.plan.methods[Phase.DECODE].kind is not Decode.FROZEN:
+def decoders_of(run: RenderRun) -> Others | None:
+    """Return what opens the workers that decode the picture with this process; None if its method knows none, or if all
+    workers share this machine with this process alone."""
+    if run.request.cluster is None or run.plan.methods[Phase.DECODE].kind is Decode.TINY:
         return None
     cluster = parse_cluster(run.request.cluster)
-    return None if cluster.where is Where.LOCAL else partial(_open_bands, cluster, run)
+    if not cluster.decodes:
+        return None
+    return Others(partial(_open_bands, cluster, run), partial(_open_slabs, cluster, run))
 
 
 @contextmanager
 def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart | None]:
-    from tiler.cluster import tasks
     from tiler.cluster.bands import BandProbe, Bands
+
+    job = SharedJob.of_decoder(run)
+    with _open_decoders(cluster, run, job.name, BandProbe(job.to_bytes(), job.name, work), work.probe) as members:
+        check = partial(run.budget.check, Phase.DECODE)
+        yield None if members is None else Bands(members, job.name, work, check)
+
+
+@contextmanager
+def _open_slabs(cluster: Cluster, run: RenderRun, work: SlabWork) -> Iterator[Team | None]:
+    from tiler.cluster import slabs
+
+    job = SharedJob.of_decoder(run)
+    asked = slabs.SlabProbe(job.to_bytes(), job.name, run.plan.methods[Phase.DECODE].kind, work)
+    speeds = {use.name: use.tiles / use.seconds for use in run.workers if use.seconds}
+    grace = _JOINING if cluster.where is Where.LISTEN else _SETTLING
+    with _open_decoders(cluster, run, job.name, asked, work.probe) as members:
+        check = partial(run.budget.check, Phase.DECODE)
+        yield None if members is None else slabs.Team(members, job.name, speeds, work.seconds, grace, check, run.note)
+
+
+@contextmanager
+def _open_decoders(
+    cluster: Cluster, run: RenderRun, name: str, asked: Asked, probe: torch.Tensor
+) -> Iterator[Members | None]:
+    """Greet workers that are to decode, whose bits must be those of `probe`; None if no scheduler answers."""
+    from tiler.cluster import tasks
     from tiler.cluster.engine import Engine
     from tiler.cluster.members import Members
 
-    job = SharedJob.of_decoder(run)
     with ExitStack() as stack:
         try:
             engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
@@ -245,15 +276,14 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        asked = BandProbe(job.to_bytes(), job.name, work)
         members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
-        members.digest = digest_of(work.probe.numpy())
+        members.digest = digest_of(probe.numpy())
         try:
-            yield Bands(members, job.name, work, partial(run.budget.check, Phase.DECODE))
+            yield members
         finally:
             run.decoders = members.uses()
             for address in members.greeted():
-                engine.tell(address, tasks.close, job.name)
+                engine.tell(address, tasks.close, name)
 
 
 def _farthest(run: RenderRun) -> int:

@@ -18,6 +18,7 @@ from tiler.version import versions as installed
 if TYPE_CHECKING:
     import numpy as np
 
+    from tiler.decoding.messages import Piece, Report
     from tiler.diffusion.runner import Tile
     from tiler.models.samples import Prompt
     from tiler.render_run import RenderRun
@@ -196,4 +197,14 @@ class Answer(NamedTuple):
     peak_rss_bytes: int
     error: str = ""
     is_numerical: bool = False
+    is_closed: bool = False  # the job is not open there, or no longer
+
+
+class SlabAnswer(NamedTuple):
+    """What a slab tells, or the error that occurred."""
+
+    told: Report | Piece | None
+    seconds: float
+    peak_rss_bytes: int
+    error: str = ""
     is_closed: bool = False  # the job is not open there, or no longer

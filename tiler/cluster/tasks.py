@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from tiler.cluster.shared import Answer, BandPlace, Estimate, Greeting, SharedJob, Taken, Window
+from tiler.cluster.shared import Answer, BandPlace, Estimate, Greeting, SharedJob, SlabAnswer, Taken, Window
 from tiler.errors import NumericalError, TilerError
 from tiler.memory.limits import is_out_of_memory
 from tiler.memory.process import read_rss
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiler.cluster.bench import Bench
+    from tiler.decoding.messages import Begin, Fetch, Orders
 
 
 _NO_WORKER = "is no `tiler worker`"
@@ -73,6 +74,17 @@ def hello_decoder(job: str, statistics: np.ndarray, latents: np.ndarray) -> str:
     """Give the open decoder of the job named `job` its `statistics`, bytes in an array, and decode a few latents.
     Returns a Greeting as JSON."""
     return _said(job, lambda bench: bench.greet_decoder(job, statistics.tobytes(), latents))
+
+
+def open_slabs(job: bytes, method: str, size: tuple[int, int]) -> str:
+    """Open the job's decoder for slabs of at most `size` latents, decoded by `method`, if this machine has nothing else
+    to do. Returns a Greeting without a digest, as JSON."""
+    return _opened(job, lambda bench, shared: bench.open_slabs(shared, method, size))
+
+
+def hello_slabs(job: str, latents: np.ndarray) -> str:
+    """Decode a few latents, (1, C, h, w), with the open decoder of the job named `job`. Returns a Greeting as JSON."""
+    return _said(job, lambda bench: bench.greet_slabs(job, latents))
 
 
 def _opened(job: bytes | memoryview, open_it: Callable[[Bench, SharedJob], None]) -> str:
@@ -146,6 +158,19 @@ def decode(job: str, place: BandPlace, row: int, columns: np.ndarray | None) -> 
         if bench is None or rows is None:
             return Answer(None, 0.0, 0, "works for another render now", is_closed=True)
         return Answer(rows, time.perf_counter() - start, bench.peak_rss_bytes)
+
+
+def decode_slab(job: str, number: int, asked: Begin | Orders | Fetch) -> SlabAnswer:
+    """Do what comes next for the slab of the job named `job`: it gets messages from the `number` 0 on."""
+    with _Desk.lock:
+        start, bench = time.perf_counter(), _Desk.bench
+        try:
+            told = None if bench is None else bench.decode_slab(job, number, asked)
+        except Exception as error:
+            return SlabAnswer(None, time.perf_counter() - start, 0, _explained(error))
+        if bench is None or told is None:
+            return SlabAnswer(None, 0.0, 0, "works for another render now", is_closed=True)
+        return SlabAnswer(told, time.perf_counter() - start, bench.peak_rss_bytes)
 
 
 def close(job: str) -> None:

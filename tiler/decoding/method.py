@@ -14,10 +14,11 @@ from torch import Tensor
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import NARROW
-from tiler.decoding import FACTOR, exact, frozen, rehearsal, tiny
+from tiler.decoding import FACTOR, exact, frozen, lockstep, rehearsal, tiny
 from tiler.decoding.apart import Elsewhere
 from tiler.decoding.attention import spacing
 from tiler.decoding.frozen import Part
+from tiler.decoding.lockstep import SlabsElsewhere
 from tiler.decoding.rows import REACH, Check, Latents, Pixels, decoder_stages, encoder_stages
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
@@ -204,6 +205,14 @@ class Around(Latents, Protocol):
         ...
 
 
+class Others(NamedTuple):
+    """What opens the connection to other processes that decode bands of `frozen`, or slabs of `exact` and
+    `sampled`."""
+
+    bands: Elsewhere
+    slabs: SlabsElsewhere
+
+
 def decode(
     method: DecodePlan,
     vae: Any,
@@ -214,10 +223,11 @@ def decode(
     progress: Callable[[float], None],
     spool: Spool | None = None,
     begin: int = 0,
-    elsewhere: Elsewhere | None = None,
+    others: Others | None = None,
 ) -> Generator[Tensor]:
     """latents: (1, C, h, w) fp32, already divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top
-    first. Methods that do not work layer by layer start at the row `begin`; `frozen` has bands decoded `elsewhere`.
+    first. Methods that do not work layer by layer start at the row `begin`. `others`, if there are any, decode bands of
+    `frozen`, and slabs of `exact` and `sampled`.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
@@ -232,11 +242,20 @@ def decode(
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     row = 0 if method.by_layers or not begin else begin + FACTOR * y
     if method.by_layers:
-        attend_to = method.attend_to
-        strips = exact.decode(vae, latents, scratch, check=check, progress=progress, attend_to=attend_to, **options)
+        slabs = None if others is None else others.slabs
+        strips = lockstep.decode(
+            vae, latents, scratch, slabs, check=check, progress=progress, attend_to=method.attend_to, **options
+        )
     elif method.kind is Decode.FROZEN:
         strips = frozen.decode(
-            vae, latents, scratch, check=check, progress=progress, begin=row, elsewhere=elsewhere, **options
+            vae,
+            latents,
+            scratch,
+            check=check,
+            progress=progress,
+            begin=row,
+            elsewhere=None if others is None else others.bands,
+            **options,
         )
     else:
         strips = tiny.decode(vae, latents, check=check, progress=progress, begin=row)

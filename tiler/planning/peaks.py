@@ -305,7 +305,8 @@ def tiny_preview_bytes(models: Models, spec: VaeSpec, facts: Facts) -> int:
     return meter.peak_bytes + sum(term.nbytes for term in peaks.terms) - facts.libraries.nbytes
 
 
-def with_preview(phase: PhasePlan, nbytes: int) -> PhasePlan:
-    """A denoiser's phase with previews between its passes, when the memory for a pass's activations is free."""
+def in_place_of_activations(phase: PhasePlan, name: str, nbytes: int) -> PhasePlan:
+    """A phase that also holds `nbytes` at times when the memory for its activations is free, like previews between the
+    passes of a denoiser."""
     free = sum(term.nbytes for term in phase.terms if term.name == ACTIVATIONS)
-    return phase if nbytes <= free else replace(phase, terms=(*phase.terms, Term(name="preview", nbytes=nbytes - free)))
+    return phase if nbytes <= free else replace(phase, terms=(*phase.terms, Term(name=name, nbytes=nbytes - free)))

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
-from tiler.decoding.apart import held_bytes
+from tiler.decoding import lockstep
+from tiler.decoding.apart import DECODERS, held_bytes
 from tiler.decoding.frozen import HELD_TOKENS, bands
 from tiler.decoding.method import DecodePlan, ScratchSpace
 from tiler.diffusion import flow, schedulers
@@ -34,7 +35,7 @@ from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
 from tiler.planning.fit import Streamed, largest_batch, with_resident
-from tiler.planning.peaks import DenoiserPeaks, VaePeaks, text_phase, tiny_preview_bytes, with_preview
+from tiler.planning.peaks import DenoiserPeaks, VaePeaks, in_place_of_activations, text_phase, tiny_preview_bytes
 from tiler.planning.precision import choose_decode_precision, choose_precision
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
 from tiler.planning.tiling import Tiling, pixels_of
@@ -183,7 +184,8 @@ def plan_render(
 
     def sampling(by: DenoiserPeaks, name: Phase, batch: int = 1) -> PhasePlan:
         if name == Phase.CANVAS or guide is None:
-            return with_preview(by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile), preview_bytes)
+            phase = by.phase(name, [*denoising, *clustered], canvas_samples, batch, *tile)
+            return in_place_of_activations(phase, "preview", preview_bytes)
         return by.phase(name, [*denoising, *greeting], guide_samples, batch, guide.height, guide.width)
 
     most = family.traits.samples or MAX_BATCH
@@ -296,6 +298,22 @@ class _Coding(NamedTuple):
     whole: WholePicture | None  # the complete picture, for formats that need it
 
 
+def _beside_workers(phase: PhasePlan, method: DecodePlan, spec: VaeSpec, canvas: tuple[int, int]) -> PhasePlan:
+    """The phase of a process whose workers decode bands or slabs of `canvas` latents, (height, width)."""
+    if method.kind is Decode.TINY:
+        return phase
+    channels, held = spec.config["latent_channels"], 0
+    if method.by_layers:
+        height, width = (side + 2 * more for side, more in zip(canvas, method.margin, strict=True))
+        slabs = min(DECODERS, lockstep.slabs_in(height))
+        phase = in_place_of_activations(phase, "slabs", lockstep.held_bytes(4 * channels * height * width, slabs))
+    else:
+        cut = bands(canvas[1])
+        band_bytes = 4 * channels * canvas[0] * max(band.last - band.first for band in cut)
+        held = held_bytes(band_bytes, len(cut), 8 * HELD_TOKENS * max(spec.config["block_out_channels"]))
+    return replace(phase, terms=(*phase.terms, Term(name="cluster", nbytes=CONNECTIONS_BYTES + held)))
+
+
 def _plan_coding(
     request: ResolvedRequest, models: Models, tiling: Tiling, facts: Facts, chosen: Mapping[str, Decode],
     precision: Precision, *, stored: bool,
@@ -312,13 +330,8 @@ def _plan_coding(
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
-    if request.cluster is not None and methods[Phase.DECODE].kind is Decode.FROZEN:  # workers decode bands
-        cut = bands(canvas[1])
-        band_bytes = 4 * models.family.latent_channels * canvas[0] * max(band.last - band.first for band in cut)
-        statistics = 8 * HELD_TOKENS * max(decoder.spec.config["block_out_channels"])
-        held = held_bytes(band_bytes, len(cut), statistics)
-        term = Term(name="cluster", nbytes=CONNECTIONS_BYTES + held)
-        decoding = PhasePlan(name=decoding.name, terms=(*decoding.terms, term))
+    if request.cluster is not None and parse_cluster(request.cluster).decodes:
+        decoding = _beside_workers(decoding, methods[Phase.DECODE], decoder.spec, canvas)
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
         return _Coding(methods, phases, whole)

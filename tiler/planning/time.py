@@ -182,11 +182,12 @@ def seconds(
 ) -> float:
     """The expected time of a render: that of its samples in `precision` or of the reads for them, whichever is longer,
     plus that of the autoencoder's `methods`."""
-    coding = sum(_coding_seconds(method, speed) for method in methods)
+    coding = sum(coding_seconds(method, speed) for method in methods)
     return max(arithmetic_seconds(work, speed, precision), read_bytes / speed.disk) + coding
 
 
-def _coding_seconds(method: DecodePlan, speed: Speed) -> float:
+def coding_seconds(method: DecodePlan, speed: Speed) -> float:
+    """The expected time of one of the autoencoder's methods."""
     if method.precision is Precision.BF16:
         by_layers, by_rows, attention = OVERHEAD_BY_LAYERS_BF16, OVERHEAD_BY_ROWS_BF16, speed.half_attention
     else:

@@ -39,6 +39,11 @@ class Cluster:
     port: int = PORT
     address: str = ""
 
+    @property
+    def decodes(self) -> bool:
+        """Whether its workers decode too. Those of local:N share this process's memory, and end with the canvas."""
+        return self.where is not Where.LOCAL
+
 
 def parse_cluster(text: str) -> Cluster:
     """Parse the value of --cluster. Raises UsageError."""
@@ -132,8 +137,9 @@ class ClusterOptions:
     cluster: str | None = option(
         None,
         Option(
-            "Let others predict the tiles of the canvas; the picture is the same. local:N starts N processes that "
-            "share --max-ram; listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`.",
+            "Let others predict the tiles of the canvas and decode the picture; its bytes stay the same. listen waits "
+            "for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`; local:N starts N processes "
+            "that share --max-ram and do not decode.",
             Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
         ),
     )  # fmt: skip

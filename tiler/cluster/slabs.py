@@ -1,0 +1,192 @@
+"""The coordinator's side of decoding in slabs: each of some workers decodes a part of the picture's rows, pass by pass,
+and all of them wait for each other between two passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tiler.cluster import tasks
+from tiler.cluster.greetings import Request
+from tiler.cluster.members import Member, Members
+from tiler.cluster.shared import SlabAnswer
+from tiler.decoding.lockstep import FEWEST, Lost, SlabWork
+from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
+from tiler.request import Decode
+
+_LOOK = 0.1  # seconds until a signal or a lost worker is noticed
+# A slab is late, if others have done the same, after 3 times the longest task so far and 60 s.
+_LATE, _LATE_SECONDS = 3.0, 60.0
+_WORTH = 1.0  # the speed of all workers together over this process's, in the probe, from which they decode
+
+
+@dataclass(frozen=True)
+class SlabProbe:
+    """The first requests to each worker: the job, then a few latents to decode."""
+
+    job: bytes
+    name: str
+    method: Decode
+    work: SlabWork
+
+    samples = most = 1
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        height, width = self.work.size
+        half = -(-height // FEWEST), width  # with more workers slabs are smaller
+        return (
+            Request(tasks.open_slabs, (self.job, self.method.value, half)),
+            Request(tasks.hello_slabs, (self.name, self.work.small.numpy())),
+        )
+
+
+class Team:
+    """Workers that may decode slabs, as `decoding.lockstep` wants them. `speeds` are those of the canvas, by the names
+    of workers; `here` are the seconds of the probe in this process; `check` is called often and may raise to stop the
+    run. Once some workers are ready, others have `grace` seconds to get ready, unless as many are as had a speed."""
+
+    def __init__(
+        self, members: Members, job: str, speeds: Mapping[str, float], here: float, grace: float,
+        check: Callable[[], None], note: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self._members, self._job, self._speeds, self._here, self._grace = members, job, speeds, here, grace
+        self._check, self._note = check, note
+
+    def gather(self, most: int) -> Slabs | None:
+        since, count = time.monotonic(), 0
+        wanted = min(most, max(FEWEST, len(self._speeds)))
+        while True:
+            self._check()
+            self._members.look()
+            ready, now = self._members.free()[:most], time.monotonic()
+            if len(ready) != count:
+                since, count = now, len(ready)
+            is_over = count >= wanted or now - since >= self._grace
+            if (count and is_over and not self._members.is_greeting) or self._members.is_deserted:
+                break
+            if self._members.are_taken:
+                break
+            for ticket, value, error in self._members.engine.answers(_LOOK):
+                self._members.take(ticket, value, error)
+        if len(ready) < FEWEST:
+            self._note("fewer than two workers are ready to decode: this process decodes")
+            return None
+        if sum(self._here / member.pace.seconds(1) for member in ready) < _WORTH:
+            self._note("the workers that are ready decode no faster than this process: it decodes")
+            return None
+        return Slabs(self._members, self._job, ready, self._shares(ready), self._check)
+
+    def _shares(self, members: Sequence[Member]) -> tuple[float, ...]:
+        """In proportion to the speed in the canvas, if that of all is known; else equal."""
+        speeds = [self._speeds.get(member.name, 0.0) for member in members]
+        if not all(speeds):
+            speeds = [1.0] * len(members)
+        return tuple(speed / sum(speeds) for speed in speeds)
+
+    def lose(self, why: Lost, *, again: bool) -> None:
+        self._note(f"{why}; {'the other workers begin again' if again else 'this process decodes alone'}")
+
+
+class Slabs:
+    """Workers that each decode a slab of the picture, top first. Whatever happens to one of them raises Lost."""
+
+    def __init__(
+        self, members: Members, job: str, team: Sequence[Member], shares: tuple[float, ...], check: Callable[[], None]
+    ) -> None:
+        self.shares = shares
+        self._members, self._job, self._team, self._check = members, job, team, check
+        self._asked = dict[int, Member]()  # by ticket
+        self._told = dict[int, Report | Piece]()  # the answers by ticket
+        self._sent = dict.fromkeys((member.address for member in team), 0)  # messages
+        self._seconds = dict.fromkeys(self._sent, 0.0)
+        self._longest, self._answered = 0.0, 0.0  # the longest task, and when the last answer came
+
+    def begin(self, begun: Sequence[Begin]) -> list[Report]:
+        return self._all(begun)
+
+    def go_on(self, orders: Sequence[Orders]) -> list[Report]:
+        return self._all(orders)
+
+    def pieces(self) -> Iterator[Piece]:
+        first, *others = self._team
+        following = self._ask(first, Fetch())
+        ahead = {member.address: self._ask(member, Fetch(ahead=True)) for member in others}
+        for number, member in enumerate(self._team):
+            rows, is_last = 0, False
+            while not is_last:
+                piece = self._wait(following)
+                assert isinstance(piece, Piece)
+                is_last = piece.is_last
+                if not is_last:  # the next one is made while this one is written
+                    following = self._ask(member, Fetch())
+                elif number + 1 < len(self._team):
+                    self._wait(ahead[self._team[number + 1].address])
+                    following = self._ask(self._team[number + 1], Fetch())
+                rows += piece.pixels.shape[1]
+                if not np.isfinite(piece.pixels).all():
+                    self._leave(member, "NaN or Inf in the decoder")
+                yield piece
+            if rows:
+                member.note(rows, self._seconds[member.address], member.peak_rss_bytes)
+
+    def _all(self, said: Sequence[Begin | Orders]) -> list[Report]:
+        """Send each worker its message, and wait for all answers."""
+        self._answered = 0.0
+        tickets = [self._ask(member, each) for member, each in zip(self._team, said, strict=True)]
+        found = [self._wait(ticket) for ticket in tickets]
+        assert all(isinstance(report, Report) for report in found)
+        return [report for report in found if isinstance(report, Report)]
+
+    def _ask(self, member: Member, said: Begin | Orders | Fetch) -> int:
+        number = self._sent[member.address]
+        self._sent[member.address] += 1
+        ticket = self._members.engine.submit(member.address, tasks.decode_slab, self._job, number, said)
+        self._asked[ticket] = member
+        return ticket
+
+    def _wait(self, ticket: int) -> Report | Piece:
+        while ticket not in self._told:
+            self._check()
+            for gone in self._members.look():
+                if any(gone is member for member in self._team):
+                    self._lose(f"worker {gone.name} had a part of the picture")
+            now = time.monotonic()
+            if self._answered and now - self._answered > _LATE * self._longest + _LATE_SECONDS:
+                self._leave(self._asked[ticket], "it does not answer (a part of the picture)")
+            for arrived in self._members.engine.answers(_LOOK):
+                if not self._members.take(*arrived):
+                    self._take(*arrived)
+        return self._told.pop(ticket)
+
+    def _take(self, ticket: int, value: Any, error: BaseException | None) -> None:
+        member = self._asked.pop(ticket, None)
+        if member is None:
+            return
+        if error is not None or not isinstance(value, SlabAnswer):
+            self._leave(member, f"{type(error).__name__}: {error}".partition("\n")[0])
+        elif value.is_closed:
+            self._members.ask_again(member)
+            self._lose(f"worker {member.name} {value.error}")
+        elif value.told is None:
+            self._leave(member, value.error)
+        else:
+            self._seconds[member.address] += value.seconds
+            self._longest, self._answered = max(self._longest, value.seconds), time.monotonic()
+            member.peak_rss_bytes = max(member.peak_rss_bytes, value.peak_rss_bytes)
+            self._told[ticket] = value.told
+
+    def _leave(self, member: Member, why: str) -> None:
+        self._members.leave_out(member, why)
+        self._lose(f"worker {member.name} had a part of the picture")
+
+    def _lose(self, why: str) -> None:
+        """Give up all slabs. Raises Lost."""
+        for ticket in self._asked:
+            self._members.engine.drop(ticket)
+        self._asked.clear()
+        raise Lost(why)
