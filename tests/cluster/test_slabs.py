@@ -226,8 +226,8 @@ def test_slow_workers_do_not_decode() -> None:
 
 
 def test_a_plan_has_slabs_only_where_they_are_faster() -> None:
-    assert slab_seconds(20.0, 8, [1.0, 0.5, 0.5]) == pytest.approx(0.6 * 20)
-    assert slab_seconds(20.0, 2, [1.0, 2.0, 0.5]) == pytest.approx(0.4 * 20)
+    assert slab_seconds(20.0, 8, [1.0, 0.5, 0.5]) == pytest.approx(3 + 0.6 * 20)
+    assert slab_seconds(20.0, 2, [1.0, 2.0, 0.5]) == pytest.approx(3 + 0.4 * 20)
     assert slab_seconds(20.0, 8, [9.0]) == slab_seconds(20.0, 1, [9.0, 9.0]) == slab_seconds(20.0, 8, [0.2, 0.2]) == 20
 
 

@@ -27,7 +27,8 @@ from tiler.request.cluster import Cluster, Where
 _JOINING = 15.0  # seconds in which workers that look for a scheduler may join
 _LAST = 7.0  # seconds after the last worker joined: each retries every 5
 _ANSWER = 60.0  # seconds for their estimates
-_TOGETHER = 1.2  # the work of all slabs, and of waiting for each other, over that of one process
+# Decoding in slabs: the work of all and their waiting for each other, over one process's; seconds until all are ready
+_TOGETHER, _GATHERING = 1.2, 3.0
 _TASKS = 20_000  # in a simulation: further steps take as long as the simulated ones
 
 
@@ -100,7 +101,7 @@ def slab_seconds(alone: float, most: int, speeds: Sequence[float]) -> float:
     slabs = min(len(speeds), DECODERS, most)
     if slabs < FEWEST:
         return alone
-    return min(alone, _TOGETHER * alone / sum(sorted(speeds, reverse=True)[:slabs]))
+    return min(alone, _GATHERING + _TOGETHER * alone / sum(sorted(speeds, reverse=True)[:slabs]))
 
 
 def _expected(name: str, estimate: Estimate, able: list[str], forecast: Forecast, scale: float) -> Expected:
