@@ -91,7 +91,7 @@ def main() -> None:
 
     tasks.open_ahead = tasks.open_job = opened
     tasks.hello, tasks.predict = hello, predict
-    worker.open_bench = lambda budget, models: object()  # type: ignore[assignment, return-value]
+    worker.open_bench = lambda *asked: object()  # type: ignore[assignment, return-value]
     worker._AGAIN = 0.2
     joining = worker.Joining(
         address=told.address, name=told.name, keys=told.keys, quiet=True, contact_address=told.contact_address

@@ -43,6 +43,7 @@ from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.request import Decode, Precision
 from tiler.request.cluster import Cluster, Where, check_cluster, parse_cluster, scheduler_of
+from tiler.weights.packed import default_cache
 
 
 @pytest.mark.parametrize(
@@ -256,6 +257,7 @@ class FakeDecoder:
     """In place of the autoencoder of a job; a probe of ones fails."""
 
     opened: ClassVar[list[FakeDecoder]]
+    is_under_way = False  # whether others wait for it
 
     def __init__(self, job: SharedJob, *more: object) -> None:
         self.job, self.is_open = job.name, True
@@ -321,6 +323,9 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
             ).is_taken
             assert tasks.decode_slab("a", 0, Fetch()).is_closed, "it decodes bands"
             assert [one.is_open for one in opened] == [True]
+            opened[0].is_under_way = True  # a slab: with it, all other slabs would be lost
+            assert hello(job).is_taken and opened[0].is_open
+            opened[0].is_under_way = False
             assert not hello(job).refusal and [one.is_open for one in opened] == [False] and decoder("b").is_taken
             tasks.close(job.name)
             assert decoder("b", 1.0).refusal == "no memory" and not opened[-1].is_open
@@ -329,6 +334,19 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
             assert not opened[-1].is_open
         finally:
             bench.close()
+
+
+def test_a_worker_writes_into_its_own_folder_or_one_that_is_here(
+    job: SharedJob, tmp_path: Path, in_process: Callable[..., Ran]
+) -> None:
+    sent = replace(job, request=replace(job.request, scratch=Path("/none/of/this/machine")))
+    with Budget(10**9) as budget:
+        assert Bench(budget, {}, tmp_path)._of_here(sent).scratch_folder == tmp_path
+        assert Bench(budget, {})._of_here(sent).scratch_folder == default_cache().parent
+        here = replace(job, request=replace(job.request, scratch=tmp_path))
+        assert Bench(budget, {})._of_here(here).scratch_folder == tmp_path
+    ran = in_process("worker", "tcp://127.0.0.1:1", "--insecure", "--scratch", tmp_path / "none")
+    assert ran.code == 2 and "--scratch" in ran.err and len(ran.err.splitlines()) == 1
 
 
 def test_a_share_below_the_floor_is_refused_with_the_number_that_fits(tiny: Path, tmp_path: Path) -> None:

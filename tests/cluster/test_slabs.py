@@ -60,6 +60,7 @@ class Scheduler:
     def __init__(self, **workers: Good) -> None:
         self.workers, self.taken, self.digests = workers, set[str](), dict[str, str]()
         self.numbers = dict[str, list[int]]()  # of the messages to each worker
+        self.seconds = dict[str, float]()  # of the probe, if not 1
         self._arrived: list[Arrived] = []
         self._tickets = 0
 
@@ -72,7 +73,7 @@ class Scheduler:
             said = Greeting(is_taken=address in self.taken, refusal="no room" if address == "small" else "")
             self._arrived.append(Arrived(self._tickets, said.to_json(), None))
         elif task is tasks.hello_slabs:
-            said = Greeting(digest=self.digests.get(address, "same"), seconds=1.0)
+            said = Greeting(digest=self.digests.get(address, "same"), seconds=self.seconds.get(address, 1.0))
             self._arrived.append(Arrived(self._tickets, said.to_json(), None))
         else:
             assert task is tasks.decode_slab
@@ -138,6 +139,14 @@ def test_rows_come_in_order_while_others_compute_ahead() -> None:
     assert {use.name: use.tiles for use in team._members.uses()} == dict.fromkeys("abc", ROWS)
 
 
+def test_shares_are_those_of_the_probe_if_a_worker_had_no_part_in_the_canvas() -> None:
+    scheduler = Scheduler(a=Good(), b=Good())
+    scheduler.seconds["b"] = 3.0
+    team = team_of(scheduler, [], {"a": 1.0}, seconds=2.0)
+    found = team.gather(8)
+    assert found is not None and sorted(found.shares) == pytest.approx([0.25, 0.75])
+
+
 BROKEN = Piece((4,), np.full((3, 4, 2), np.nan, np.float32), False)
 
 
@@ -191,6 +200,11 @@ def test_a_worker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     assert any(note.startswith("worker late is left out: it does not answer") for note in notes)
 
 
+def test_a_process_that_was_stopped_takes_the_answers_that_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slabs, "_LATE_SECONDS", -1e9)  # late by any clock
+    assert rows_from(team_of(Scheduler(a=Good(), b=Good()), [])) == list(range(2 * ROWS))
+
+
 def test_a_message_that_comes_twice_ends_the_slab() -> None:
     """Rows would be missing, or a norm would get the statistics of another one."""
 
@@ -221,7 +235,7 @@ def test_one_worker_is_too_few() -> None:
 def test_slow_workers_do_not_decode() -> None:
     scheduler, notes = Scheduler(a=Good(), b=Good()), list[str]()
     assert team_of(scheduler, notes, seconds=0.4).gather(8) is None
-    assert "decode no faster than this process" in notes[-1]
+    assert "together no faster than this process" in notes[-1]
     assert team_of(scheduler, notes, seconds=0.6).gather(8) is not None
 
 

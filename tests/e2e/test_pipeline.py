@@ -75,7 +75,7 @@ def test_one_tile_is_what_stable_diffusion_pipeline_gives(
 @pytest.mark.parametrize(
     ("batches", "settings"),
     [
-        ((1, 4, 16), {}),
+        ((1, 5, 16), {}),
         ((1, 16), {"layout": Layout.SHIFT, "guidance_interval": (0.0, 0.7), "attention_window": 6}),
         ((1, 16), {"precision": Precision.INT8, "cache_dir": Path("packed")}),
     ],
@@ -91,7 +91,7 @@ def test_same_seed_same_bytes_whatever_the_plan(
         if batch < 16:
             monkeypatch.setattr(fit, "_choose_resident", lambda *args: {})
         name = f"batch{batch}"
-        asked = ask(tiny, tmp_path, name, width=104, height=64, num_inference_steps=2, **settings)
+        asked = ask(tiny, tmp_path, name, width=104, height=72, num_inference_steps=2, **settings)
         report = render(asked, roomy()).report
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
@@ -212,7 +212,7 @@ def test_34_memory_close_to_the_ceiling_halves_the_batch(
 
 
 def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
-    """RSS after step 20 within 5 MB of RSS after step 2."""
+    """RSS after step 20 within 3.2 MB of RSS after step 2."""
     after: dict[int, int] = {}
 
     def on_event(event: events.Event) -> None:
@@ -220,7 +220,7 @@ def test_memory_does_not_grow_over_steps(tiny: Path, tmp_path: Path) -> None:
             after[event.done // 2] = read_rss().now
 
     render(ask(tiny, tmp_path, width=128, num_inference_steps=20, strength=0.03), roomy(), on_event)
-    assert abs(after[20] - after[2]) <= 5_000_000
+    assert abs(after[20] - after[2]) <= 3_200_000
 
 
 @pytest.mark.parametrize(("width", "height"), [(33, 50), (200, 24)])

@@ -30,11 +30,12 @@ def predicted(models: Models, folder: Path) -> list[object]:
     """The peaks of the denoiser in fp32 and int8, resident and layer by layer, and of the autoencoder; the work of a
     render."""
     found: list[object] = []
-    batches = [(0,), (0, 0, 1, 1, 2)]
-    for precision, arena in ((Precision.FP32, None), (Precision.INT8, None), (Precision.FP32, 100_000)):
+    one, five = (0,), (0, 0, 1, 1, 2)
+    for precision, arena, batches in (
+        (Precision.FP32, None, (one, five)), (Precision.INT8, None, (five,)), (Precision.FP32, 100_000, (five,)),
+    ):  # fmt: skip
         peaks = DenoiserPeaks(models, precision, arena_bytes=arena)
         found += [peaks.activations(tiles, 16, 8) for tiles in batches]
-        batches = batches[1:]
     space = ScratchSpace(folder, 10**12)
     vae = VaePeaks(models, models.decoder, measure(folder))
     for wanted in (Decode.EXACT, Decode.FROZEN):

@@ -1,16 +1,18 @@
-"""`tiler worker`: predict tiles for renders on other machines."""
+"""`tiler worker`: predict tiles and decode for renders on other machines."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tiler.cli import layers, working
 from tiler.cli import options as o
+from tiler.errors import UsageError
 from tiler.memory.budget import Budget
 from tiler.request.cluster import check_address, models_of, scheduler_of
 from tiler.request.options import Panel
@@ -37,6 +39,17 @@ def command(
         ),
     ] = None,
     max_ram: o.MaxRam = "800MB",
+    scratch: Annotated[
+        Path | None,
+        typer.Option(
+            "--scratch",
+            metavar="PATH",
+            show_default=False,
+            help="Folder for scratch files while a picture is decoded, up to gigabytes. "
+            r"[dim]\[default: the render's if it is here, else ~/.cache/tiler][/dim]",
+            rich_help_panel=Panel.MEMORY,
+        ),
+    ] = None,
     threads: o.Threads = None,
     name: Annotated[
         str | None,
@@ -64,7 +77,8 @@ def command(
     insecure: o.Insecure = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Predict tiles for the renders of other processes or machines, under a memory ceiling of its own.
+    """Predict tiles and decode parts of pictures for the renders of other processes or machines, under a memory ceiling
+    of its own.
 
     The weights are read from this machine's disk. The worker waits for work, and joins again if the connection is lost.
     It takes about 60 MB until its first job, and about 230 MB between two jobs, because torch stays loaded; when the
@@ -80,10 +94,12 @@ def command(
     address = scheduler_address(cluster)
     check_address(address, keys, insecure=insecure)
     security_of(keys)
+    if scratch is not None and not (scratch.is_dir() and os.access(scratch, os.W_OK)):
+        raise UsageError(f"--scratch {scratch}: no folder that can be written to; choose another")
     sys.stderr.flush()
     own = working.command_line(
         budget.max_bytes, address=address, name=name or f"{socket.gethostname()}-{os.getpid()}",
         keys=None if keys is None else str(keys), models=models, once=once, contact_address=contact_address, port=port,
-        quiet=quiet,
+        quiet=quiet, scratch=None if scratch is None else str(scratch.absolute()),
     )  # fmt: skip
     os.execv(sys.executable, own)

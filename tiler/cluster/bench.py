@@ -3,10 +3,12 @@ worker imports it late."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +43,7 @@ from tiler.weights.packed import default_cache
 
 _JOBS = 3  # open at once
 _FORGOTTEN = 120.0  # seconds without a task after which another render may take the worker
+_KEPT = 60.0  # the same for a slab under way: if it is lost, so are those of all other workers
 
 
 class _Ahead(NamedTuple):
@@ -65,15 +68,15 @@ class _Open:
 
 class Bench:
     """The jobs that a worker has open. `models` maps the names of models in jobs to files or folders here; `budget` is
-    already entered.
+    already entered. `scratch` is the folder of scratch files; None: the job's if it is here, else tiler's cache.
 
     Jobs that differ only in what they draw share one denoiser, so that the renders of a queue can take turns at a
     worker. A decoder gives way to a canvas.
     """
 
-    def __init__(self, budget: Budget, models: Mapping[str, str]) -> None:
+    def __init__(self, budget: Budget, models: Mapping[str, str], scratch: Path | None = None) -> None:
         self.jobs: dict[str, _Open] = {}
-        self._budget, self._models = budget, models
+        self._budget, self._models, self._scratch = budget, models, scratch
         self._stack = ExitStack()
         self._streamer: Streamer | None = None
         self._ahead: _Ahead | None = None
@@ -111,7 +114,7 @@ class Bench:
         """Plan a job under the ceiling and open its denoiser before its prompts are known, if nothing else is open.
         Raises Taken if the jobs that are open leave no place for it, so that its prompts are not sent in vain, and
         TilerError."""
-        self._forget()
+        self.forget()
         if job.name in self.jobs or self._joined(job) or self._ahead is not None or self._decoder is not None:
             return
         run = self._plan(job)
@@ -145,8 +148,10 @@ class Bench:
             return
         run = self._from_ahead(job)
         if run is None:
-            self._forget()
+            self.forget()
             if self._decoder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
+                if self._decoder.is_under_way and time.monotonic() - self._decoded < _KEPT:
+                    raise Taken("it works for another render")
                 self.close(self._decoder.job)
             run = self._joined(job) or self._plan(job)
         if self._streamer is None:
@@ -165,7 +170,7 @@ class Bench:
             raise Taken("it works for another render")
         return self._beside(begun, job)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Close what nobody has used for long."""
         used = [self._decoded] * (self._decoder is not None) + [opened.used for opened in self.jobs.values()]
         used += [] if self._ahead is None else [self._ahead.opened]
@@ -183,7 +188,7 @@ class Bench:
         self._open_decoder(job, lambda here: SlabDecoder(job, here, Decode(method), size, self._budget))
 
     def _open_decoder(self, job: SharedJob, opened: Callable[[ResolvedRequest], BandDecoder | SlabDecoder]) -> None:
-        self._forget()
+        self.forget()
         if self._decoder is None or self._decoder.job != job.name:
             if self.jobs or self._decoder is not None:
                 raise Taken("it works for another render")
@@ -292,7 +297,10 @@ class Bench:
     def _of_here(self, job: SharedJob) -> ResolvedRequest:
         """Return the job's request with the paths of this machine."""
         request = replace(job.request, model=self._models.get(job.request.model, job.request.model))
-        if not request.scratch_folder.is_dir():  # the path is from the machine that sent the job
+        if self._scratch is not None:
+            request = replace(request, scratch=self._scratch)
+        # The path is from the machine that sent the job.
+        elif not (request.scratch_folder.is_dir() and os.access(request.scratch_folder, os.W_OK)):
             request = replace(request, scratch=default_cache().parent)
             request.scratch_folder.mkdir(parents=True, exist_ok=True)
         if request.cache_dir is not None and not request.cache_dir.is_dir():

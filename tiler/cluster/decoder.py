@@ -82,6 +82,11 @@ class Decoder:
             streamed(self._vae, spec.weights, families.vae_names, resident, **options)
         )
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether others wait for what it decodes."""
+        return False
+
     def close(self) -> None:
         self._stack.close()
 
@@ -143,6 +148,10 @@ class SlabDecoder(Decoder):
         self._next = 0  # the number of the message that comes next
         self._stack.callback(self._end)
 
+    @property
+    def is_under_way(self) -> bool:
+        return self._run is not None
+
     def _end(self) -> None:
         if self._run is not None:
             self._run.close()
@@ -157,18 +166,23 @@ class SlabDecoder(Decoder):
     def decode(self, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
         """Do what comes next for the slab under way. None if there is none, or if the message with this `number` is not
         the one that follows, which an engine that runs a task twice would cause. Raises TilerError."""
-        if isinstance(asked, Begin):
-            self._end()
-            hold = self._streamer.hold_transformed
-            self._run, self._next = SlabRun(self._vae, Scratch(*self._space), asked, hold=hold, check=self._check), 1
-            return self._run.go_on()
-        if self._run is None or number != self._next:
-            self._end()
-            return None
-        self._next += 1
-        if isinstance(asked, Orders):
-            return self._run.go_on(asked)
-        if asked.ahead:
-            self._run.compute_ahead()
-            return Report(is_ready=True)
-        return self._run.piece(PIECE_BYTES)
+        try:
+            if isinstance(asked, Begin):
+                self._end()
+                hold = self._streamer.hold_transformed
+                scratch = Scratch(*self._space)
+                self._run, self._next = SlabRun(self._vae, scratch, asked, hold=hold, check=self._check), 1
+                return self._run.go_on()
+            if self._run is None or number != self._next:
+                self._end()
+                return None
+            self._next += 1
+            if isinstance(asked, Orders):
+                return self._run.go_on(asked)
+            if asked.ahead:
+                self._run.compute_ahead()
+                return Report(is_ready=True)
+            return self._run.piece(PIECE_BYTES)
+        except BaseException:
+            self._end()  # its scratch files
+            raise

@@ -89,7 +89,9 @@ def divide(request: RenderRequest, budget: Budget) -> Shares:
     assert request.cluster is not None
     with budget:
         prepare(request)
-        run = start(request, budget, lambda event: None, planning=True)
+        # A queue's rows join its scheduler by an address, so that workers decode for them, also those of local:N.
+        joining = replace(request, cluster="tcp://127.0.0.1:1", keys=None, insecure=True)
+        run = start(joining, budget, lambda event: None, planning=True)
         from tiler.cluster.ceilings import shares_of_queue
 
         return shares_of_queue(run, parse_cluster(request.cluster), budget.max_bytes)

@@ -21,6 +21,7 @@ from tiler.request import Decode
 _LOOK = 0.1  # seconds until a signal or a lost worker is noticed
 # A slab is late, if others have done the same, after 3 times the longest task so far and 60 s.
 _LATE, _LATE_SECONDS = 3.0, 60.0
+_GATHERING = 60.0  # the most seconds until workers are ready
 _WORTH = 1.0  # the speed of all workers together over this process's, in the probe, from which they decode
 
 
@@ -37,10 +38,9 @@ class SlabProbe:
 
     @property
     def requests(self) -> tuple[Request, ...]:
-        height, width = self.work.size
-        half = -(-height // FEWEST), width  # with more workers slabs are smaller
+        # Nobody knows yet how small a slab will be, and each has the keys and values of the whole picture.
         return (
-            Request(tasks.open_slabs, (self.job, self.method.value, half)),
+            Request(tasks.open_slabs, (self.job, self.method.value, self.work.size)),
             Request(tasks.hello_slabs, (self.name, self.work.small.numpy())),
         )
 
@@ -48,7 +48,8 @@ class SlabProbe:
 class Team:
     """Workers that may decode slabs, as `decoding.lockstep` wants them. `speeds` are those of the canvas, by the names
     of workers; `here` are the seconds of the probe in this process; `check` is called often and may raise to stop the
-    run. Once some workers are ready, others have `grace` seconds to get ready, unless as many are as had a speed."""
+    run. Once some workers are ready, others have `grace` seconds to get ready, and longer if they are being greeted;
+    nobody is waited for if as many are ready as had a speed."""
 
     def __init__(
         self, members: Members, job: str, speeds: Mapping[str, float], here: float, grace: float,
@@ -58,7 +59,8 @@ class Team:
         self._check, self._note = check, note
 
     def gather(self, most: int) -> Slabs | None:
-        since, count = time.monotonic(), 0
+        begun = since = time.monotonic()
+        count = 0
         wanted = min(most, max(FEWEST, len(self._speeds)))
         while True:
             self._check()
@@ -66,10 +68,10 @@ class Team:
             ready, now = self._members.free()[:most], time.monotonic()
             if len(ready) != count:
                 since, count = now, len(ready)
-            is_over = count >= wanted or now - since >= self._grace
-            if (count and is_over and not self._members.is_greeting) or self._members.is_deserted:
+            is_over = count and now - since >= self._grace and not self._members.is_greeting
+            if is_over or count >= wanted or now - begun >= _GATHERING:
                 break
-            if self._members.are_taken:
+            if self._members.is_deserted or self._members.are_taken:
                 break
             for ticket, value, error in self._members.engine.answers(_LOOK):
                 self._members.take(ticket, value, error)
@@ -77,15 +79,15 @@ class Team:
             self._note("fewer than two workers are ready to decode: this process decodes")
             return None
         if sum(self._here / member.pace.seconds(1) for member in ready) < _WORTH:
-            self._note("the workers that are ready decode no faster than this process: it decodes")
+            self._note("the workers that are ready are together no faster than this process, which decodes alone")
             return None
         return Slabs(self._members, self._job, ready, self._shares(ready), self._check)
 
     def _shares(self, members: Sequence[Member]) -> tuple[float, ...]:
-        """In proportion to the speed in the canvas, if that of all is known; else equal."""
+        """In proportion to the speed in the canvas, if that of all is known; else to that of the probe."""
         speeds = [self._speeds.get(member.name, 0.0) for member in members]
         if not all(speeds):
-            speeds = [1.0] * len(members)
+            speeds = [1 / member.pace.seconds(1) for member in members]
         return tuple(speed / sum(speeds) for speed in speeds)
 
     def lose(self, why: Lost, *, again: bool) -> None:
@@ -155,12 +157,14 @@ class Slabs:
             for gone in self._members.look():
                 if any(gone is member for member in self._team):
                     self._lose(f"worker {gone.name} had a part of the picture")
-            now = time.monotonic()
-            if self._answered and now - self._answered > _LATE * self._longest + _LATE_SECONDS:
+            arrived = self._members.engine.answers(_LOOK)
+            # Greetings first: what belongs to a slab may raise.
+            for answer in [answer for answer in arrived if not self._members.take(*answer)]:
+                self._take(*answer)
+            # A process that was stopped for a while finds answers.
+            late = time.monotonic() - self._answered > _LATE * self._longest + _LATE_SECONDS
+            if not arrived and self._answered and late:
                 self._leave(self._asked[ticket], "it does not answer (a part of the picture)")
-            for arrived in self._members.engine.answers(_LOOK):
-                if not self._members.take(*arrived):
-                    self._take(*arrived)
         return self._told.pop(ticket)
 
     def _take(self, ticket: int, value: Any, error: BaseException | None) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 _NO_WORKER = "is no `tiler worker`"
+_ABANDONED = 125.0  # seconds after a slab's last message: a bench forgets after 120
 
 
 class _Desk:
@@ -31,6 +32,7 @@ class _Desk:
     bench: Bench | None = None
     facts: Mapping[str, object] = MappingProxyType({})
     lock = threading.Lock()  # a worker that has joined again may still run an earlier pass
+    timer: threading.Timer | None = None  # closes a slab that is abandoned
 
 
 def begin(opener: Callable[[], Bench], max_ram_bytes: int) -> None:
@@ -170,7 +172,24 @@ def decode_slab(job: str, number: int, asked: Begin | Orders | Fetch) -> SlabAns
             return SlabAnswer(None, time.perf_counter() - start, 0, _explained(error))
         if bench is None or told is None:
             return SlabAnswer(None, 0.0, 0, "works for another render now", is_closed=True)
+        _forget_later()
         return SlabAnswer(told, time.perf_counter() - start, bench.peak_rss_bytes)
+
+
+def _forget_later() -> None:
+    """Close what nobody has used for long, if no other slab's message comes before: scratch files of a render that was
+    killed may have gigabytes."""
+    if _Desk.timer is not None:
+        _Desk.timer.cancel()
+    _Desk.timer = threading.Timer(_ABANDONED, _forget)
+    _Desk.timer.daemon = True
+    _Desk.timer.start()
+
+
+def _forget() -> None:
+    with _Desk.lock:
+        if _Desk.bench is not None:
+            _Desk.bench.forget()
 
 
 def close(job: str) -> None:

@@ -37,7 +37,7 @@ _AGAIN = 5.0  # seconds between two attempts
 class Joining:
     """How a worker joins. `models` maps the names that renders give models to their places here; with `once` the worker
     ends with the connection; `contact_address` is the address at which others reach it, if it is not its own; `port` 0
-    means any."""
+    means any; `scratch` is the folder for scratch files, None: the render's if it is here, else tiler's cache."""
 
     address: str
     name: str
@@ -47,6 +47,7 @@ class Joining:
     contact_address: str | None = None
     port: int = 0
     quiet: bool = False
+    scratch: str | None = None
 
 
 class _Worker(Worker):  # type: ignore[misc]  # dask has no types
@@ -64,7 +65,8 @@ def work(joining: Joining, budget: Budget) -> None:
     folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
     try:
         with budget:
-            tasks.begin(lambda: open_bench(budget, joining.models), budget.max_bytes)
+            scratch = None if joining.scratch is None else Path(joining.scratch)
+            tasks.begin(lambda: open_bench(budget, joining.models, scratch), budget.max_bytes)
             code = asyncio.run(_stay(joining, security, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,14 +77,14 @@ def work(joining: Joining, budget: Budget) -> None:
     os._exit(code)  # does not wait for the thread of a pass in progress
 
 
-def open_bench(budget: Budget, models: Mapping[str, str]) -> Bench:
+def open_bench(budget: Budget, models: Mapping[str, str], scratch: Path | None = None) -> Bench:
     """Import torch, and return a bench. Until its first job a worker is small, without torch."""
     from tiler.memory.lean_imports import lean_torch
 
     lean_torch()
     from tiler.cluster.bench import Bench
 
-    return Bench(budget, models)
+    return Bench(budget, models, scratch)
 
 
 async def _stay(joining: Joining, security: Any, folder: str) -> int | None:

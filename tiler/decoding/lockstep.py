@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EDGE_BYTES = 8_000_000  # about the most that all slabs together send to others at a time
 LEAST_ROWS = 32  # of latents in a slab
-FEWEST = 2  # slabs: one process alone does not decode faster than this one
+FEWEST = 2  # slabs: one alone would only move the work
 _LITTLE = 0.3  # of the picture: what is done when the rest begin again
 _REPORT_BYTES = 500_000  # of the moments in one report
 
@@ -61,7 +61,8 @@ class Team(Protocol):
     """Processes that may decode slabs."""
 
     def gather(self, most: int) -> Slabs | None:
-        """Those that are ready, at most `most`; None if there are fewer than two, which the user is told."""
+        """Those that are ready, at most `most`; None if there are fewer than two or they are together no faster than
+        this process, which the user is told."""
         ...
 
     def lose(self, why: Lost, *, again: bool) -> None:

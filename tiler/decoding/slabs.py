@@ -102,7 +102,7 @@ def stretches(chain: list[Stage], source: Source, shares: Sequence[float]) -> li
 def latents_of(
     stages: list[Stage], latents: Latents, shares: Sequence[float], hold: Hold
 ) -> list[tuple[int, np.ndarray]]:
-    """The latents that each slab is sent, (1, C, n, w) fp32, and their first row."""
+    """For each slab the first row of the latents that it is sent, and these, (1, C, n, w) fp32."""
     chain = list(takewhile(lambda stage: first_norm(stage) is None, stages))
     source = latent_source(latents)
     with hold(layers_of(chain)):
@@ -178,7 +178,7 @@ class SlabPasses(Passes):
                 to = tuple(
                     n for n, need in enumerate(needs) if _within(top, bottom, need) and not _within(top, bottom, had[n])
                 )
-                rows = max(1, self._edge_bytes // stored.row_bytes)
+                rows = max(1, self._edge_bytes // (stored.row_bytes * max(1, len(to))))
                 for row in range(top, bottom, rows) if to else ():
                     yield Edge(picture, to, stored.packed(row, min(row + rows, bottom)))
 
@@ -277,14 +277,15 @@ def _joined(some: tuple[int, int], more: tuple[int, int]) -> tuple[int, int]:
 
 
 def _in_parts(edges: Iterator[Edge], most: int) -> Iterator[tuple[Edge, ...]]:
-    """Join edges to parts of about `most` bytes."""
+    """Join edges to parts of about `most` bytes, counted for each slab that gets them."""
     part, size = list[Edge](), 0
     for edge in edges:
-        if part and size + edge.rows.data.nbytes > most:
+        nbytes = edge.rows.data.nbytes * len(edge.to)
+        if part and size + nbytes > most:
             yield tuple(part)
             part, size = [], 0
         part.append(edge)
-        size += edge.rows.data.nbytes
+        size += nbytes
     if part:
         yield tuple(part)
 

@@ -129,10 +129,10 @@ def lean_imports() -> Iterator[None]:
 
 @contextmanager
 def _replacements() -> Iterator[None]:
-    import torch._library.utils
     import torch.compiler
     import torch.distributed
 
+    operators = sys.modules.get("torch._library.utils", types.ModuleType(""))  # in other versions elsewhere
     if "torch._dynamo" in sys.modules or "diffusers.models.unets" in sys.modules:
         yield
         return
@@ -140,7 +140,7 @@ def _replacements() -> Iterator[None]:
     with (
         _replaced(torch.compiler, "disable", _no_op),
         _replaced(torch.distributed, "is_available", lambda: False),
-        _replaced(torch._library.utils, "get_source", lambda level: "unknown"),
+        _replaced(operators, "get_source", lambda level: "unknown"),
         _stand_in({name: _StandIn(name) for name in dynamo}),
         _lean_transformers() if _program else nullcontext(),
     ):
