@@ -16,12 +16,29 @@ from typing import Any
 import pytest
 
 from tiler import Budget, RenderRequest, events, render
-from tiler.cluster.engine import Engine
+from tiler.cluster.engine import Arrived, Engine
 from tiler.cluster.keys import make_keys
 from tiler.memory.process import read_rss
 from tiler.request.cluster import Cluster, Where
 
 CEILING = 700_000_000
+
+
+class Answering:
+    """In place of an Engine: whatever is asked is answered at once."""
+
+    def __init__(self) -> None:
+        self._arrived: list[Arrived] = []
+        self._tickets = 0
+
+    def say(self, value: object, error: BaseException | None = None) -> None:
+        """Answer what was asked last."""
+        self._arrived.append(Arrived(self._tickets, value, error))
+
+    def reach(self, address: str) -> int:
+        self._tickets += 1
+        self.say("")
+        return self._tickets
 
 
 class Fleet:

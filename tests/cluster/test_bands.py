@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cluster.conftest import Answering
 from tiler.cluster import bands, members, tasks
 from tiler.cluster.bands import BandProbe, Bands
 from tiler.cluster.engine import Arrived
@@ -30,14 +31,13 @@ def good(number: int, row: int) -> Answer:
     return Answer(pixels(number, row, min(row + PIECE, ROWS)), 1.0, 10)
 
 
-class Scheduler:
+class Scheduler(Answering):
     """In place of an Engine: each worker answers at once as its behaviour says."""
 
     def __init__(self, **workers: Behaviour) -> None:
+        super().__init__()
         self.workers, self.taken, self.digests = workers, set[str](), dict[str, str]()
         self.sent: list[tuple[str, int, int, bool]] = []
-        self._arrived: list[Arrived] = []
-        self._tickets = 0
         self.sending = self.most_sending = 0  # bands that are on their way
         self.greeting = self.most_greeting = 0  # statistics that are on their way
         self.greeted: list[str] = []
@@ -52,12 +52,12 @@ class Scheduler:
             assert not [one for one in arguments if isinstance(one, np.ndarray)], "sent to all at once"
             if address not in self.silent:
                 said = Greeting(is_taken=address in self.taken)
-                self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+                self.say(said.to_json())
         elif task is tasks.hello_decoder:
             self.greeting += 1
             self.most_greeting = max(self.most_greeting, self.greeting)
             said = Greeting(digest=self.digests.get(address, "same"), seconds=1.0)
-            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+            self.say(said.to_json())
         else:
             assert task is tasks.decode
             _, place, row, columns = arguments
@@ -67,12 +67,7 @@ class Scheduler:
             self.most_sending = max(self.most_sending, self.sending)
             answer = self.workers[address](place.number, row)
             if answer is not None:
-                self._arrived.append(Arrived(self._tickets, answer, None))
-        return self._tickets
-
-    def reach(self, address: str) -> int:
-        self._tickets += 1
-        self._arrived.append(Arrived(self._tickets, "", None))
+                self.say(answer)
         return self._tickets
 
     def drop(self, ticket: int) -> None:

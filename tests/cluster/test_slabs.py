@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cluster.conftest import Answering
 from tiler.cluster import members, slabs, tasks
 from tiler.cluster.decoder import SlabDecoder
 from tiler.cluster.engine import Arrived
@@ -54,15 +55,14 @@ class Gone(Exception):
     """No answer, ever."""
 
 
-class Scheduler:
+class Scheduler(Answering):
     """In place of an Engine: each worker answers at once."""
 
     def __init__(self, **workers: Good) -> None:
+        super().__init__()
         self.workers, self.taken, self.digests = workers, set[str](), dict[str, str]()
         self.numbers = dict[str, list[int]]()  # of the messages to each worker
         self.seconds = dict[str, float]()  # of the probe, if not 1
-        self._arrived: list[Arrived] = []
-        self._tickets = 0
 
     def members(self) -> dict[str, str]:
         return {name: name for name in self.workers}
@@ -71,22 +71,17 @@ class Scheduler:
         self._tickets += 1
         if task is tasks.open_slabs:
             said = Greeting(is_taken=address in self.taken, refusal="no room" if address == "small" else "")
-            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+            self.say(said.to_json())
         elif task is tasks.hello_slabs:
             said = Greeting(digest=self.digests.get(address, "same"), seconds=self.seconds.get(address, 1.0))
-            self._arrived.append(Arrived(self._tickets, said.to_json(), None))
+            self.say(said.to_json())
         else:
             assert task is tasks.decode_slab
             self.numbers.setdefault(address, []).append(arguments[1])
             answer = self.workers[address](arguments[2])
             if not isinstance(answer, Gone):
                 error = answer if isinstance(answer, BaseException) else None
-                self._arrived.append(Arrived(self._tickets, None if error else answer, error))
-        return self._tickets
-
-    def reach(self, address: str) -> int:
-        self._tickets += 1
-        self._arrived.append(Arrived(self._tickets, "", None))
+                self.say(None if error else answer, error)
         return self._tickets
 
     def drop(self, ticket: int) -> None:

@@ -23,8 +23,8 @@ def main() -> None:
         budget = Budget(said.pop("max_ram_bytes"))
         from tiler.cluster.worker import Joining, work
 
-        keys = said.pop("keys")
-        work(Joining(**said, keys=None if keys is None else Path(keys)), budget)
+        paths = {name: None if said[name] is None else Path(said[name]) for name in ("keys", "scratch")}
+        work(Joining(**(said | paths)), budget)
     except BaseException as error:
         failure.end(error)
 

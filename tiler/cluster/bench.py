@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiler import phases
 from tiler.cluster.decoder import BandDecoder, SlabDecoder
-from tiler.cluster.shared import BandPlace, Estimate, Greeting, SharedJob, Taken, Window, digest_of
+from tiler.cluster.shared import FORGOTTEN, BandPlace, Estimate, Greeting, SharedJob, Taken, Window, digest_of
 from tiler.compute.cpu import computed_by
 from tiler.compute.stream import Streamer
 from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
@@ -42,8 +42,7 @@ from tiler.run import measure
 from tiler.weights.packed import default_cache
 
 _JOBS = 3  # open at once
-_FORGOTTEN = 120.0  # seconds without a task after which another render may take the worker
-_KEPT = 60.0  # the same for a slab under way: if it is lost, so are those of all other workers
+_KEPT = 60.0  # FORGOTTEN for a slab under way: if it is lost, so are those of all other workers
 
 
 class _Ahead(NamedTuple):
@@ -174,7 +173,7 @@ class Bench:
         """Close what nobody has used for long."""
         used = [self._decoded] * (self._decoder is not None) + [opened.used for opened in self.jobs.values()]
         used += [] if self._ahead is None else [self._ahead.opened]
-        if all(time.monotonic() - when > _FORGOTTEN for when in used):
+        if all(time.monotonic() - when > FORGOTTEN for when in used):
             self.close()
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tiler.render_run import RenderRun
     from tiler.request import ResolvedRequest
 
+FORGOTTEN = 120.0  # seconds without a task after which another render may take a worker
 WORKER_FOLDER = "TILER_WORKER_FOLDER"  # the variable that names the folder for temporary files of local:N workers
 
 

@@ -61,7 +61,7 @@ class Team:
     def gather(self, most: int) -> Slabs | None:
         begun = since = time.monotonic()
         count = 0
-        wanted = min(most, max(FEWEST, len(self._speeds)))
+        wanted = min(most, max(FEWEST, len(self._speeds))) if self._speeds else most
         while True:
             self._check()
             self._members.look()

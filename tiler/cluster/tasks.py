@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from tiler.cluster.shared import Answer, BandPlace, Estimate, Greeting, SharedJob, SlabAnswer, Taken, Window
+from tiler.cluster.shared import FORGOTTEN, Answer, BandPlace, Estimate, Greeting, SharedJob, SlabAnswer, Taken, Window
 from tiler.errors import NumericalError, TilerError
 from tiler.memory.limits import is_out_of_memory
 from tiler.memory.process import read_rss
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 
 _NO_WORKER = "is no `tiler worker`"
-_ABANDONED = 125.0  # seconds after a slab's last message: a bench forgets after 120
 
 
 class _Desk:
@@ -181,7 +180,7 @@ def _forget_later() -> None:
     killed may have gigabytes."""
     if _Desk.timer is not None:
         _Desk.timer.cancel()
-    _Desk.timer = threading.Timer(_ABANDONED, _forget)
+    _Desk.timer = threading.Timer(FORGOTTEN + 1, _forget)
     _Desk.timer.daemon = True
     _Desk.timer.start()
 

@@ -47,7 +47,7 @@ class Joining:
     contact_address: str | None = None
     port: int = 0
     quiet: bool = False
-    scratch: str | None = None
+    scratch: Path | None = None
 
 
 class _Worker(Worker):  # type: ignore[misc]  # dask has no types
@@ -65,8 +65,7 @@ def work(joining: Joining, budget: Budget) -> None:
     folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
     try:
         with budget:
-            scratch = None if joining.scratch is None else Path(joining.scratch)
-            tasks.begin(lambda: open_bench(budget, joining.models, scratch), budget.max_bytes)
+            tasks.begin(lambda: open_bench(budget, joining.models, joining.scratch), budget.max_bytes)
             code = asyncio.run(_stay(joining, security, folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
