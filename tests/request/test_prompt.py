@@ -177,3 +177,7 @@ def test_what_a_prompt_leaves_open_is_named() -> None:
     (two,) = unclosed("a ((red boat) [b")
     assert two.startswith("2 brackets are not closed and weigh all that follows, from '((red boat) [b' on; \\( is")
     assert not list(unclosed("((a", brackets=False))
+    (cut,) = unclosed("(a boat AND the sea)")  # AND splits a prompt before its brackets are read
+    assert cut.startswith("( is not closed and weighs all up to AND, from '(a boat' on")
+    assert not list(unclosed("(a boat AND the sea)", splits=False))
+    assert not list(unclosed("(a boat) :1.2 AND (the sea)"))

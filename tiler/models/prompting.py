@@ -39,8 +39,8 @@ def _folders(request: ResolvedRequest) -> tuple[Path, ...]:
 def notes_on_prompts(request: ResolvedRequest, family: Family, *, has_guide: bool) -> Iterator[str]:
     """Notes on what prompts leave open, and on options that have no effect with this family."""
     weighed = request.emphasis in (Emphasis.ORIGINAL, Emphasis.NO_NORM)
-    for place, text in places_of(request):
-        yield from (f"{place}: {what}" for what in unclosed(text, brackets=weighed))
+    for place, text, splits in places_of(request):
+        yield from (f"{place}: {what}" for what in unclosed(text, splits=splits, brackets=weighed))
     texts = request.prompt, request.canvas_prompt, request.negative_prompt, *(r.prompt for r in request.regions)
     readable = bool(_folders(request)) or request.prompt_embeds is not None
     if not readable and any("embedding:" in text for text in texts if text):

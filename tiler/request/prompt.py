@@ -114,25 +114,31 @@ def cut_tags(text: str) -> tuple[str, tuple[Tag, ...]]:
     return _TAG.sub("", text), tags
 
 
-def unclosed(text: str, *, brackets: bool = True) -> Iterator[str]:
-    """What a prompt opens and never closes, in words for its user: tags, and brackets unless they are only text."""
+def unclosed(text: str, *, splits: bool = True, brackets: bool = True) -> Iterator[str]:
+    """What a prompt opens and never closes, in words for its user: tags, and brackets unless they are only text.
+    `splits` as for `parse_prompt`: AND ends what is open."""
     text, _ = cut_tags(text)
     for tag in _OPEN_TAG.findall(text):
         yield f"{_short(tag)!r} has no > at its end, and is read as text"
+    parts = [part.strip() for part, _ in split_prompts(text)] if splits else [text]
+    for number, part in enumerate(parts) if brackets else ():
+        if starts := _open_brackets(part):
+            mark, what = part[starts[0]], "all that follows" if number + 1 == len(parts) else "all up to AND"
+            which = f"{mark} is not closed and weighs"
+            if len(starts) > 1:
+                which = f"{len(starts)} brackets are not closed and weigh"
+            yield f"{which} {what}, from {_short(part[starts[0] :])!r} on; \\{mark} is the character itself"
+
+
+def _open_brackets(text: str) -> list[int]:
+    """Where the brackets are that are never closed."""
     opened: dict[str, list[int]] = {"(": [], "[": []}
     for piece in _PIECE.finditer(text):
         if piece[0] in opened:
             opened[piece[0]].append(piece.start())
         elif starts := opened.get({")": "(", "]": "["}.get(piece[0], ""), []):
             starts.pop()
-    if brackets and (starts := sorted([*opened["("], *opened["["]])):
-        mark = text[starts[0]]
-        what = (
-            f"{mark} is not closed and weighs"
-            if len(starts) == 1
-            else f"{len(starts)} brackets are not closed and weigh"
-        )
-        yield f"{what} all that follows, from {_short(text[starts[0] :])!r} on; \\{mark} is the character itself"
+    return sorted([*opened["("], *opened["["]])
 
 
 def _short(text: str) -> str:

@@ -84,18 +84,26 @@ def _condition(prompt: str, negative: str | None) -> Condition:
     return Condition(parsed.prompts, None if negative is None else parse_prompt(negative, splits=False).prompts[0].text)
 
 
-def places_of(request: RenderRequest) -> Iterator[tuple[str, str]]:
-    """The prompts of a request by what messages call them."""
-    yield "the prompt", request.prompt or ""
-    yield "the canvas prompt", request.canvas_prompt or ""
+class Place(NamedTuple):
+    """A prompt of a request, by what messages call it. Whether AND `splits` it."""
+
+    name: str
+    text: str
+    splits: bool = True
+
+
+def places_of(request: RenderRequest) -> Iterator[Place]:
+    """The prompts of a request, "" for those that were not given."""
+    yield Place("the prompt", request.prompt or "")
+    yield Place("the canvas prompt", request.canvas_prompt or "")
     yield from _places_without_tags(request)
 
 
-def _places_without_tags(request: RenderRequest) -> Iterator[tuple[str, str]]:
-    yield "the negative prompt", request.negative_prompt or ""
+def _places_without_tags(request: RenderRequest) -> Iterator[Place]:
+    yield Place("the negative prompt", request.negative_prompt or "", splits=False)
     for region in request.regions:
-        yield "a region's prompt", region.prompt
-        yield "a region's negative prompt", region.negative_prompt or ""
+        yield Place("a region's prompt", region.prompt)
+        yield Place("a region's negative prompt", region.negative_prompt or "", splits=False)
 
 
 def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
@@ -112,7 +120,7 @@ def tags_of(request: RenderRequest) -> tuple[Tag, ...]:
     for tag in found:
         if tag.kind not in LORA_TAGS:
             raise UsageError(f"{tag}: tiler does not know this kind of tag; remove it from the prompt")
-    for place, text in _places_without_tags(request):
+    for place, text, _ in _places_without_tags(request):
         for tag in parse_prompt(text).tags:
             raise UsageError(f"{tag}: a tag counts for the whole picture; move it from {place} to the prompt")
     return tuple(found)
