@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -197,3 +198,20 @@ def test_a_worker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     notes: list[str] = []
     rows = gather(scheduler, notes, {0: 0})
     assert len(rows[0]) == 1 and any("does not answer (band 1 of the picture)" in note for note in notes)
+
+
+def test_a_worker_whose_first_answer_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for much longer than the band should take by the probe: 10 times its 4 latents, of a second."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0
+        assert now < 1000, "it waits for ever"
+        return now
+
+    monkeypatch.setattr(bands, "time", SimpleNamespace(monotonic=clock))
+    notes: list[str] = []
+    assert gather(Scheduler(a=lambda number, row: None), notes, {0: 0}) == {}
+    assert now > bands._LATE * 10 + bands._LATE_SECONDS
+    assert any("does not answer (band 1 of the picture)" in note for note in notes)

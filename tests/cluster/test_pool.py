@@ -137,7 +137,10 @@ class Outcome:
 
 
 def run(
-    scheduler: Scheduler, on_prediction: Callable[[int], None] = lambda number: None, patience: float = 0.0
+    scheduler: Scheduler,
+    on_prediction: Callable[[int], None] = lambda number: None,
+    patience: float = 0.0,
+    **options: Any,
 ) -> Outcome:
     """Predict all tiles, and check each prediction and their order."""
     found = Outcome()
@@ -147,7 +150,7 @@ def run(
     def open_local() -> Iterator[Local]:
         yield found.local
 
-    who = Members(scheduler, probe, found.notes.append, patience)  # type: ignore[arg-type]
+    who = Members(scheduler, probe, found.notes.append, patience, **options)  # type: ignore[arg-type]
     with Pool(who, "job", open_local, lambda: None, found.notes.append, {"denoiser_samples": 0}) as runner:
         for number, prediction in enumerate(runner.predict(0, (tile(n) for n in range(TILES)))):
             assert torch.equal(prediction, torch.full((4, 2, 2), 2.0 * number))
@@ -289,6 +292,46 @@ def test_nobody_waits_for_a_stopped_worker_because_it_was_fast(
     assert not run(scheduler).local.numbers
     assert not scheduler.done["fast"] and scheduler.held
     assert {n for done in scheduler.done.values() for n in done} == set(range(TILES))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_if_all_workers_hang_this_process_predicts(local: bool) -> None:
+    """Though their heartbeats go on; those that this render has started are ended, since they have its memory."""
+    scheduler, ended = Scheduler(a=silent, b=silent), list[str]()
+
+    class Process:
+        def kill(self) -> None:
+            ended.extend(scheduler.workers)
+            scheduler.workers.clear()
+
+    processes = [Process()]
+    found = run(scheduler, running=lambda: processes if scheduler.workers else []) if local else run(scheduler)
+    assert found.local.numbers == list(range(TILES)) and len(ended) == 2 * local
+    said = "no worker is left: this process predicts alone" if local else "no worker answers: this process predicts"
+    assert any(note.startswith(said) for note in found.notes)
+
+
+def test_a_hanging_worker_may_come_back() -> None:
+    scheduler = Scheduler(a=silent)
+
+    def recover(number: int) -> None:
+        if number == 10:
+            (ticket, name) = scheduler.held.popitem()
+            scheduler.workers[name] = good
+            scheduler._arrived.append(Arrived(ticket, Answer(None, 1.0, 10, "it hung"), None))
+
+    found = run(scheduler, recover)
+    assert found.local.numbers[:10] == list(range(10)) and scheduler.done["a"]
+
+
+def test_greetings_that_are_never_answered_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(members, "_LONG", 0.0)
+    monkeypatch.setattr(members, "_SILENT", 0.1)
+    scheduler = Scheduler(a=good, b=good, c=good)
+    scheduler.deaf |= {"a", "b", "c"}
+    found = run(scheduler)
+    assert found.local.numbers == list(range(TILES))
+    assert "no worker is left: this process predicts alone" in found.notes
 
 
 def test_what_a_dead_worker_had_goes_elsewhere() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,10 +102,10 @@ def team_of(
     scheduler: Scheduler, notes: list[str], speeds: dict[str, float] | None = None, seconds: float = 1.0
 ) -> Team:
     """A team for a process that takes so many `seconds` for what its workers do in one."""
-    work = SlabWork((100, 8), torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16), seconds)
+    work = SlabWork((100, 8), torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16), seconds, 20.0)
     who = Members(scheduler, SlabProbe(b"", "job", Decode.EXACT, work), notes.append, 0.0)
     who.digest = "same"
-    return Team(who, "job", speeds or {}, seconds, 0.0, lambda: None, notes.append)
+    return Team(who, "job", speeds or {}, work, 0.0, lambda: None, notes.append)
 
 
 def rows_from(team: Team) -> list[float]:
@@ -193,6 +194,55 @@ def test_a_worker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     with pytest.raises(Lost, match="worker late"):
         rows_from(team_of(scheduler, notes))
     assert any(note.startswith("worker late is left out: it does not answer") for note in notes)
+
+
+@pytest.mark.parametrize("hanging", [0, 2])  # at which of their tasks
+def test_workers_that_all_hang_are_not_waited_for(hanging: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though their heartbeats go on; and not for much longer than the picture should take."""
+    now = 0.0
+
+    def look(arrived: list[Arrived]) -> list[Arrived]:
+        nonlocal now
+        now += 0.5
+        assert now < 1000, "it waits for ever"
+        return arrived
+
+    def hang(number: int, asked: Asked) -> BaseException | None:
+        return Gone() if number == hanging else None
+
+    scheduler, notes = Scheduler(a=Good(hang), b=Good(hang)), list[str]()
+    answers = scheduler.answers
+    team = team_of(scheduler, notes)
+    monkeypatch.setattr(scheduler, "answers", lambda seconds: look(answers(seconds)))
+    monkeypatch.setattr(slabs, "time", SimpleNamespace(monotonic=lambda: now))
+    with pytest.raises(Lost, match="workers a, b had a part of the picture"):
+        rows_from(team)
+    # Each has half of 20 probes of a second.
+    assert slabs._LATE * 10 + slabs._LATE_SECONDS <= now < slabs._LATE * 10 + slabs._LATE_SECONDS + 10
+    assert team.gather(8) is None, "they are not asked again"
+
+
+def test_a_pause_of_this_process_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers on the same laptop have slept as well."""
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 3600
+        return now
+
+    scheduler, late = Scheduler(a=Good(), b=Good()), list[list[Arrived]]()
+    answers = scheduler.answers
+    team = team_of(scheduler, [])
+    monkeypatch.setattr(slabs, "_GATHERING", 1e9)
+    monkeypatch.setattr(slabs, "time", SimpleNamespace(monotonic=clock))
+
+    def answering(seconds: float) -> list[Arrived]:  # a few looks later
+        late.append(answers(seconds))
+        return late.pop(0) if len(late) > 3 else []
+
+    monkeypatch.setattr(scheduler, "answers", answering)
+    assert rows_from(team) == list(range(2 * ROWS))
 
 
 def test_a_process_that_was_stopped_takes_the_answers_that_have_come(monkeypatch: pytest.MonkeyPatch) -> None:

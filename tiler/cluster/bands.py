@@ -21,7 +21,9 @@ from tiler.decoding import FACTOR
 from tiler.decoding.apart import Work, sending_at_once
 
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
-_LATE, _LATE_SECONDS = 3.0, 60.0  # a piece of more than 3 times its expected time and 60 s is not waited for
+# A piece is not waited for after 60 s and 3 times the worker's longest one or, before its first, 3 times the seconds of
+# the whole band that the probe suggests.
+_LATE, _LATE_SECONDS = 3.0, 60.0
 _TOO_OFTEN = 2  # failures in a row after which a worker is left out
 
 
@@ -76,15 +78,17 @@ class Bands:
             self._check()
             for gone in self._members.look():
                 self._lose(gone)
-            self._leave_late()
             for member in self._members.free():
                 if self._waiting and self._may_send():
                     self._ask(member, self._waiting.popleft(), is_new=True)
             if not self._asked and (not self._waiting or self._members.is_deserted or self._members.are_taken):
                 return None
-            for ticket, value, error in self._members.engine.answers(_LOOK):
+            arrived = self._members.engine.answers(_LOOK)
+            for ticket, value, error in arrived:
                 if not self._members.take(ticket, value, error):
                     self._take(ticket, value, error)
+            if not arrived:  # after a pause of this process, workers seem late whose answers have come
+                self._leave_late()
         return self._arrived.popleft()
 
     def _may_send(self) -> bool:
@@ -145,10 +149,15 @@ class Bands:
             self._waiting.appendleft(self._asked.pop(ticket).number)
             self._members.engine.drop(ticket)
 
+    def _seconds(self, member: Member, number: int) -> float:
+        """What the probe suggests for a band."""
+        band, latents, small = self._work.bands[number], self._work.latents, self._work.small
+        return member.pace.seconds(1) * latents.shape[2] * (band.last - band.first) / small[0, 0].numel()
+
     def _leave_late(self) -> None:
         now = time.monotonic()
         for member, number, since, _ in list(self._asked.values()):
-            longest = max((one.seconds for one in member.pace.passes), default=0.0)
-            if longest and now - since > _LATE * longest + _LATE_SECONDS:
+            longest = max((one.seconds for one in member.pace.passes), default=self._seconds(member, number))
+            if now - since > _LATE * longest + _LATE_SECONDS:
                 self._lose(member)
                 self._members.leave_out(member, f"it does not answer (band {number + 1} of the picture)")

@@ -123,9 +123,7 @@ class Engine:
                     self._client.close(timeout=2)
             if self._scheduler is not None:
                 with suppress(Exception):
-                    self._loop.run_sync(
-                        lambda scheduler: asyncio.wait_for(scheduler.close(), _CLOSING), self._scheduler
-                    )
+                    self._loop.run_sync(close_scheduler, self._scheduler)
             self._loop.stop()
 
     def members(self) -> dict[str, str] | None:
@@ -251,6 +249,11 @@ async def start_scheduler(address: str, security: Security) -> Scheduler:
         raise
     scheduler.http_server.stop()
     return scheduler
+
+
+async def close_scheduler(scheduler: Scheduler) -> None:
+    """Close a scheduler, without waiting for workers that do not react. Raises TimeoutError."""
+    await asyncio.wait_for(scheduler.close(), _CLOSING)
 
 
 def local_host(address: str) -> str:

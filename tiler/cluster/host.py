@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from tiler.cluster.engine import LoopRunner, security_of, start_scheduler
+from tiler.cluster.engine import LoopRunner, close_scheduler, security_of, start_scheduler
 from tiler.cluster.keys import make_keys
 from tiler.cluster.local import processes
 from tiler.errors import ClusterError
@@ -37,5 +37,6 @@ def hosted(
                 stack.enter_context(processes(scheduler.address, folder, cluster.workers, worker_bytes, threads))
             yield str(scheduler.address), keys
     finally:
-        loop.run_sync(scheduler.close)
+        with suppress(TimeoutError):
+            loop.run_sync(close_scheduler, scheduler)
         loop.stop()

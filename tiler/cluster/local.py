@@ -46,6 +46,6 @@ def processes(
             process.wait()
 
 
-def running(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The number of processes that have not ended."""
-    return sum(process.poll() is None for process in processes)
+def running(processes: Sequence[subprocess.Popen[bytes]]) -> list[subprocess.Popen[bytes]]:
+    """Those processes that have not ended."""
+    return [process for process in processes if process.poll() is None]

@@ -17,6 +17,8 @@ from tiler.memory.budget import format_mb
 from tiler.run import WorkerUse
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     from tiler.cluster.engine import Engine
 
 _LOOK_EVERY = 1.0  # seconds between two requests to the scheduler
@@ -25,6 +27,7 @@ _LOST = 600.0  # seconds to wait for a scheduler that does not answer
 _LONG = 60.0  # seconds after which a large request without an answer no longer keeps others from their turn
 _SENDING = 2  # large requests at a time at most, of which only the newest may be younger: the plan counts so many
 _SETTLE = 10.0  # seconds that other workers have to answer before the choice of bits
+_SILENT = 600.0  # seconds in which no worker comes or answers, after which greetings are not waited for
 
 
 @dataclass
@@ -56,13 +59,13 @@ class Member:
 
 class Members:
     """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
-    waits forever. If the scheduler does not answer, the wait is longer. `running` counts the worker processes that are
+    waits forever. If the scheduler does not answer, the wait is longer. `running` returns the worker processes that are
     alive, if no others can join. At most `most` of those that are neither left out nor taken are greeted; a worker that
     does not answer within `at_most` seconds counts as taken."""
 
     def __init__(
         self, engine: Engine, probe: Asked, note: Callable[[str], None], patience: float | None,
-        running: Callable[[], int] | None = None, most: int | None = None, at_most: float | None = None,
+        running: Callable[[], list[Popen[bytes]]] | None = None, most: int | None = None, at_most: float | None = None,
     ) -> None:  # fmt: skip
         self.engine, self._most, self._at_most = engine, most, at_most
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
@@ -79,11 +82,11 @@ class Members:
         self._has_unasked = False  # whether workers have come that were not needed
         self._is_lost = False  # the scheduler does not answer
         self._looked = self._first_greeting = 0.0
-        self._deserted_since = time.monotonic()
+        self._deserted_since = self._news = time.monotonic()
 
     def begin(self) -> None:
         """From now on there is work for them, and patience is measured."""
-        self._deserted_since = time.monotonic()
+        self._deserted_since = self._news = time.monotonic()
 
     def uses(self) -> list[WorkerUse]:
         """Return the work of each worker that predicted something, including workers that have gone."""
@@ -124,12 +127,24 @@ class Members:
         if self.ready():
             self._deserted_since = time.monotonic()
             return False
-        if self._running is not None and self._running() <= sum(m.is_out for m in self._members.values()):
+        if self._running is not None and len(self._running()) <= sum(m.is_out for m in self._members.values()):
             return True
-        if self._patience is None or self.is_greeting:
+        now = time.monotonic()
+        if self._patience is None or (self.is_greeting and now - self._news < _SILENT):
             return False
         patience = max(_LOST, self._patience) if self._is_lost else self._patience
-        return time.monotonic() - self._deserted_since >= patience
+        return now - self._deserted_since >= patience
+
+    def end_running(self) -> bool:
+        """End the worker processes that this render has started, and return whether it has."""
+        for process in self._running() if self._running is not None else ():
+            process.kill()
+        return self._running is not None
+
+    @property
+    def waits_forever(self) -> bool:
+        """Whether the render waits for its workers however long they take."""
+        return self._patience is None
 
     @property
     def are_taken(self) -> bool:
@@ -174,6 +189,7 @@ class Members:
             if address not in self._members and not self._are_enough:
                 member = self._members[address] = Member(address, name)
                 self._reaching[self.engine.reach(address)] = member
+                self._news = now
         self._has_unasked = any(address not in self._members for address in present)
         for address in [address for address, when in self._again.items() if when <= now]:
             if not self._are_enough:
@@ -251,6 +267,7 @@ class Members:
         member = self._greetings.pop(ticket, None)
         if member is None:
             return False
+        self._news = time.monotonic()
         if error is not None:
             greeting = Greeting(refusal=f"{type(error).__name__}: {error}".partition("\n")[0])
         else:

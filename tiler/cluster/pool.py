@@ -29,6 +29,9 @@ FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles
 _ROUNDS = 4  # passes per worker that may be handed out or answered early
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
+_SILENT = (
+    3.0  # times that limit: when all tasks take longer, this process predicts, though the workers' heartbeats go on
+)
 _SHOW_EVERY = 2.0  # seconds between two looks at the workers for the user
 _HERE = 4  # tiles that this process predicts between two checks of the workers
 _DEATHS = 2  # workers that one tile may end; after that this process predicts it
@@ -44,8 +47,8 @@ class Group(NamedTuple):
     since: float
     expected: float
 
-    def is_late(self, now: float) -> bool:
-        return now - self.since > _LATE * self.expected + _LATE_SECONDS
+    def is_late(self, now: float, times: float = 1.0) -> bool:
+        return now - self.since > times * (_LATE * self.expected + _LATE_SECONDS)
 
 
 @dataclass
@@ -132,18 +135,23 @@ class Pool:
         if (now := time.monotonic()) - self._shown >= _SHOW_EVERY:
             self._shown = now
             self._show(self._members.states(self._is_late))
-        if nobodys := self._nobodys(step):
-            self._predict_here(nobodys[:_HERE], step)
-            return
-        for ticket, value, error in self._members.engine.answers(_LOOK):
+        nobodys = self._nobodys(step)
+        arrived = self._members.engine.answers(0.0 if nobodys else _LOOK)
+        for ticket, value, error in arrived:
             if not self._members.take(ticket, value, error):
                 self._take(ticket, value, error, step)
+        if nobodys and not arrived:  # after a pause of this process, workers seem late whose answers have come
+            self._predict_here(nobodys[:_HERE], step)
 
     def _nobodys(self, step: _Step) -> list[int]:
-        """Return the waiting tiles that no worker may have, which this process must predict."""
+        """Return the tiles that this process must predict: those that no worker may have, or all if no worker
+        answers."""
         if self._members.is_deserted:
             return step.waiting
         ready = self._members.ready()
+        if ready and not self._members.waits_forever and all(map(self._is_silent, ready)):
+            # Workers that this render has started share its memory.
+            return [] if self._members.end_running() else sorted(step.tiles)
         return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
 
     def _hand_out(self, step: _Step) -> None:
@@ -170,6 +178,11 @@ class Pool:
         """Whether a worker takes so long that its answer is no longer expected."""
         group = self._group_of(member)
         return group is not None and group.is_late(time.monotonic())
+
+    def _is_silent(self, member: Member) -> bool:
+        """Whether a worker takes so long that it may never answer."""
+        group = self._group_of(member)
+        return group is not None and group.is_late(time.monotonic(), _SILENT)
 
     def _busy(self, member: Member) -> float:
         """The expected seconds until a worker is free."""
@@ -290,6 +303,8 @@ class Pool:
         if self._local is None:
             if self._members.is_deserted:
                 self._note("no worker is left: this process predicts alone")
+            elif all(map(self._is_silent, self._members.ready())):
+                self._note("no worker answers: this process predicts until one does")
             self._local = self._open_here()
         tiles = [step.tiles[n] for n in numbers]
         for number, prediction in zip(numbers, self._local.predict(step.number, tiles), strict=True):

@@ -31,6 +31,8 @@ from tiler.request import Decode, RenderRequest
 from tiler.request.cluster import Cluster, Where, parse_cluster
 
 if TYPE_CHECKING:
+    from subprocess import Popen
+
     from tiler.cluster.ceilings import Shares
     from tiler.cluster.engine import Engine
     from tiler.cluster.greetings import Asked
@@ -184,14 +186,14 @@ def _open_local(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) 
 
 def _members_of(
     run: RenderRun, job: SharedJob, engine: Engine, note: Callable[[str], None],
-    may_come: Callable[[], int] | None = None,
+    running: Callable[[], list[Popen[bytes]]] | None = None,
 ) -> Members:  # fmt: skip
     from tiler.cluster.greetings import Probe
     from tiler.cluster.members import Members
 
     opening = replace(job, texts={}).to_bytes()
     asked = Probe(job.name, opening, job.to_bytes(), run.plan.begin, _probe(run))
-    return Members(engine, asked, note, None if run.request.cluster_only else _PATIENCE, may_come)
+    return Members(engine, asked, note, None if run.request.cluster_only else _PATIENCE, running)
 
 
 @contextmanager
@@ -258,7 +260,7 @@ def _open_slabs(cluster: Cluster, run: RenderRun, work: SlabWork) -> Iterator[Te
     grace = _JOINING if cluster.where is Where.LISTEN else _SETTLING
     with _open_decoders(cluster, run, job.name, asked, work.probe) as members:
         check = partial(run.budget.check, Phase.DECODE)
-        yield None if members is None else slabs.Team(members, job.name, speeds, work.seconds, grace, check, run.note)
+        yield None if members is None else slabs.Team(members, job.name, speeds, work, grace, check, run.note)
 
 
 @contextmanager

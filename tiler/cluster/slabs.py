@@ -19,8 +19,10 @@ from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
 from tiler.request import Decode
 
 _LOOK = 0.1  # seconds until a signal or a lost worker is noticed
-# A slab is late, if others have done the same, after 3 times the longest task so far and 60 s.
+# Nobody is waited for if no answer comes for 60 s and 3 times the longest task so far or, before the first answer to a
+# message that all get, 3 times the seconds of the whole picture that the probe suggests.
 _LATE, _LATE_SECONDS = 3.0, 60.0
+_PAUSE = 1.0  # the most seconds that pass between two looks, unless this process was stopped
 _GATHERING = 60.0  # the most seconds until workers are ready
 _WORTH = 1.0  # the speed of all workers together over this process's, in the probe, from which they decode
 
@@ -47,15 +49,16 @@ class SlabProbe:
 
 class Team:
     """Workers that may decode slabs, as `decoding.lockstep` wants them. `speeds` are those of the canvas, by the names
-    of workers; `here` are the seconds of the probe in this process; `check` is called often and may raise to stop the
-    run. Once some workers are ready, others have `grace` seconds to get ready, and longer if they are being greeted;
-    nobody is waited for if as many are ready as had a speed."""
+    of workers; `check` is called often and may raise to stop the run. Once some workers are ready, others have `grace`
+    seconds to get ready, and longer if they are being greeted; nobody is waited for if as many are ready as had a
+    speed."""
 
     def __init__(
-        self, members: Members, job: str, speeds: Mapping[str, float], here: float, grace: float,
+        self, members: Members, job: str, speeds: Mapping[str, float], work: SlabWork, grace: float,
         check: Callable[[], None], note: Callable[[str], None],
     ) -> None:  # fmt: skip
-        self._members, self._job, self._speeds, self._here, self._grace = members, job, speeds, here, grace
+        self._members, self._job, self._speeds, self._grace = members, job, speeds, grace
+        self._here, self._probes = work.seconds, work.probes
         self._check, self._note = check, note
 
     def gather(self, most: int) -> Slabs | None:
@@ -81,7 +84,9 @@ class Team:
         if sum(self._here / member.pace.seconds(1) for member in ready) < _WORTH:
             self._note("the workers that are ready are together no faster than this process, which decodes alone")
             return None
-        return Slabs(self._members, self._job, ready, self._shares(ready), self._check)
+        shares = self._shares(ready)
+        whole = self._probes * max(share * each.pace.seconds(1) for share, each in zip(shares, ready, strict=True))
+        return Slabs(self._members, self._job, ready, shares, whole, self._check)
 
     def _shares(self, members: Sequence[Member]) -> tuple[float, ...]:
         """In proportion to the speed in the canvas, if that of all is known; else to that of the probe."""
@@ -95,18 +100,21 @@ class Team:
 
 
 class Slabs:
-    """Workers that each decode a slab of the picture, top first. Whatever happens to one of them raises Lost."""
+    """Workers that each decode a slab of the picture, top first, in about `whole` seconds. Whatever happens to one of
+    them raises Lost."""
 
     def __init__(
-        self, members: Members, job: str, team: Sequence[Member], shares: tuple[float, ...], check: Callable[[], None]
-    ) -> None:
+        self, members: Members, job: str, team: Sequence[Member], shares: tuple[float, ...], whole: float,
+        check: Callable[[], None],
+    ) -> None:  # fmt: skip
         self.shares = shares
         self._members, self._job, self._team, self._check = members, job, team, check
         self._asked = dict[int, Member]()  # by ticket
         self._told = dict[int, Report | Piece]()  # the answers by ticket
         self._sent = dict.fromkeys((member.address for member in team), 0)  # messages
         self._seconds = dict.fromkeys(self._sent, 0.0)
-        self._longest, self._answered = 0.0, 0.0  # the longest task, and when the last answer came
+        self._whole, self._longest = whole, 0.0  # seconds, the latter of a task
+        self._expected, self._waited = 0.0, 0.0  # seconds since the last answer or message to all
 
     def begin(self, begun: Sequence[Begin]) -> list[Report]:
         return self._all(begun)
@@ -138,7 +146,7 @@ class Slabs:
 
     def _all(self, said: Sequence[Begin | Orders]) -> list[Report]:
         """Send each worker its message, and wait for all answers."""
-        self._answered = 0.0
+        self._expected, self._waited = self._whole, 0.0
         tickets = [self._ask(member, each) for member, each in zip(self._team, said, strict=True)]
         found = [self._wait(ticket) for ticket in tickets]
         assert all(isinstance(report, Report) for report in found)
@@ -152,6 +160,7 @@ class Slabs:
         return ticket
 
     def _wait(self, ticket: int) -> Report | Piece:
+        since = time.monotonic()
         while ticket not in self._told:
             self._check()
             for gone in self._members.look():
@@ -161,10 +170,14 @@ class Slabs:
             # Greetings first: what belongs to a slab may raise.
             for answer in [answer for answer in arrived if not self._members.take(*answer)]:
                 self._take(*answer)
-            # A process that was stopped for a while finds answers.
-            late = time.monotonic() - self._answered > _LATE * self._longest + _LATE_SECONDS
-            if not arrived and self._answered and late:
-                self._leave(self._asked[ticket], "it does not answer (a part of the picture)")
+            now = time.monotonic()
+            self._waited, since = self._waited + min(now - since, _PAUSE), now
+            if not arrived and self._waited > _LATE * self._expected + _LATE_SECONDS:
+                silent = {member.address: member for member in self._asked.values()}.values()
+                for member in silent:
+                    self._members.leave_out(member, "it does not answer (a part of the picture)")
+                names = ", ".join(member.name for member in silent)
+                self._lose(f"{'workers' if len(silent) > 1 else 'worker'} {names} had a part of the picture")
         return self._told.pop(ticket)
 
     def _take(self, ticket: int, value: Any, error: BaseException | None) -> None:
@@ -180,7 +193,8 @@ class Slabs:
             self._leave(member, value.error)
         else:
             self._seconds[member.address] += value.seconds
-            self._longest, self._answered = max(self._longest, value.seconds), time.monotonic()
+            self._longest = max(self._longest, value.seconds)
+            self._expected, self._waited = self._longest, 0.0
             member.peak_rss_bytes = max(member.peak_rss_bytes, value.peak_rss_bytes)
             self._told[ticket] = value.told
 

@@ -72,12 +72,14 @@ class Team(Protocol):
 
 class SlabWork(NamedTuple):
     """What a team must know first: the size of all latents, (height, width), and a few of them, `small`, with the
-    pixels (3, h, w) that `probe` makes of them here, and its seconds."""
+    pixels (3, h, w) that `probe` makes of them here, and its seconds. The picture is as much work as `probes` of
+    them."""
 
     size: tuple[int, int]
     small: Tensor
     probe: Tensor
     seconds: float
+    probes: float
 
 
 SlabsElsewhere = Callable[[SlabWork], AbstractContextManager[Team | None]]
@@ -119,7 +121,9 @@ def decode(
         assert scratch.folder is not None
         small = latents[:, :, :PROBE][..., :PROBE].contiguous()
         probed = probe(vae, small, Scratch(scratch.folder, scratch.dtype), hold, check)
-        with elsewhere(SlabWork((height, latents.shape[3]), small, *probed)) as team:
+        stages, width = decoder_stages(vae.decoder, vae.post_quant_conv), latents.shape[3]
+        probes = of_picture(stages, height, width, attend_to) / of_picture(stages, *small.shape[2:])
+        with elsewhere(SlabWork((height, width), small, *probed, probes)) as team:
             for strip in _elsewhere(vae, latents, team, hold, margin, attend_to, tell):
                 yield strip
                 done += strip.shape[1]
