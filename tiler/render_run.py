@@ -31,6 +31,7 @@ class RenderRun(DenoiserRun):
     spoken: Spoken
     texts: dict[str, str] = field(default_factory=dict)  # the picture's metadata
     workers: list[WorkerUse] = field(default_factory=list)  # the cluster's workers that predicted tiles
+    is_alone: bool = False  # no worker was in the cluster when the canvas ended
     decoders: list[WorkerUse] = field(default_factory=list)  # those that decoded; their `tiles` are rows
     preview: Preview | None = None
     files: ExitStack = field(default_factory=ExitStack)  # open until the picture is written

@@ -207,15 +207,17 @@ def test_a_tile_that_ends_every_worker_is_predicted_here(
 
 
 def test_nan_on_one_worker_and_on_two_and_a_ceiling(stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn) -> None:
-    stubs.begin_stubs("a", seconds="0.05")
-    stubs.begin_stubs("full", says="the ceiling of 700 MB was reached at cluster", seconds="0.05")
-    stubs.start_stubs("broken", says="NaN or Inf in the noise prediction", seconds="0.05")
+    here = {"TMPDIR": str(tmp_path)}
+    stubs.begin_stubs("a", seconds="0.05", environment=here)
+    stubs.begin_stubs("full", says="the ceiling of 700 MB was reached at cluster", seconds="0.05", environment=here)
+    stubs.start_stubs("broken", says="NaN or Inf in the noise prediction", seconds="0.05", environment=here)
     stubs.wait(lambda joined: joined == {"a", "full", "broken"})
     drawn = draw(tiny, tmp_path / "1", **stubs.through)
     assert same(drawn, alone) and set(drawn.workers) == {"a"}
     assert "worker full is left out: the ceiling of 700 MB was reached at cluster" in drawn.notes
     stubs.end("a")
-    stubs.start_stubs("too", says="NaN or Inf in the noise prediction", seconds="0.05")
+    stubs.start_stubs("too", says="NaN or Inf in the noise prediction", seconds="0.05", environment=here)
+    assert len(list(tmp_path.glob("tiler-worker-*"))) == 3, "of a worker that was killed, the next removes the folder"
     with pytest.raises(NumericalError, match="NaN or Inf") as stopped:
         draw(tiny, tmp_path / "2", **stubs.through)
     assert stopped.value.exit_code == 7

@@ -23,6 +23,7 @@ from tiler.jobs.checked import Checked, Tally
 from tiler.jobs.drawing import NOTED, end, popen
 from tiler.jobs.queue import NoCluster, Queue, Together
 from tiler.jobs.results import DONE, SKIPPED, Results
+from tiler.jobs.temporary import own_folder
 
 _HOSTED = "local", "listen"  # clusters whose scheduler belongs to the queue
 _LEAVING = 30.0  # seconds in which the workers of a queue end
@@ -172,7 +173,7 @@ def _together(spec: Spec, stack: ExitStack, say: Callable[[str], None], row: Che
     with ExitStack() as starting:  # what has started ends at once if the rest cannot
         process: subprocess.Popen[bytes] | None = None
         if spec.cluster.partition(":")[0] in _HOSTED:  # it imports dask while the row is planned
-            asked |= {"folder": starting.enter_context(tempfile.TemporaryDirectory(prefix="tiler-cluster-"))}
+            asked |= {"folder": str(starting.enter_context(own_folder("tiler-cluster-")))}
             process = starting.enter_context(_asking("tiler.cli.host"))
         try:
             with _asking("tiler.cli.shares", asked) as planner:

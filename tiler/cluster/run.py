@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +20,7 @@ from tiler.diffusion.prompts import Prompts
 from tiler.diffusion.runner import Runner, Tile
 from tiler.errors import ClusterError
 from tiler.events import Phase
+from tiler.jobs.temporary import own_folder
 from tiler.memory.budget import Budget
 from tiler.phases import OpenRunner, start
 from tiler.planning.render import TILES_AHEAD, tile_bytes
@@ -172,12 +171,12 @@ def _open_local(cluster: Cluster, share: int, run: RenderRun, prompts: Prompts) 
     from tiler.cluster.local import processes, running
 
     job = SharedJob.of(run, prompts.encoded)
-    with tempfile.TemporaryDirectory(prefix="tiler-cluster-") as folder:
-        keys = Path(folder) / "keys"
+    with own_folder("tiler-cluster-") as folder:
+        keys = folder / "keys"
         make_keys(keys)
         with (
             Engine(cluster, keys) as engine,
-            processes(engine.address, Path(folder), cluster.workers, share, torch.get_num_threads()) as started,
+            processes(engine.address, folder, cluster.workers, share, torch.get_num_threads()) as started,
         ):
             members = _members_of(run, job, engine, run.note, partial(running, started))
             with _open_pool(cluster, run, prompts, members, job.name) as runner:
@@ -218,7 +217,7 @@ def _open_pool(
         try:
             yield pool
         finally:
-            run.workers = members.uses()
+            run.workers, run.is_alone = members.uses(), not members.are_present()
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for address in members.greeted():
                     members.engine.tell(address, tasks.close, name)
@@ -267,7 +266,11 @@ def _open_slabs(cluster: Cluster, run: RenderRun, work: SlabWork) -> Iterator[Te
 def _open_decoders(
     cluster: Cluster, run: RenderRun, name: str, asked: Asked, probe: torch.Tensor
 ) -> Iterator[Members | None]:
-    """Greet workers that are to decode, whose bits must be those of `probe`; None if no scheduler answers."""
+    """Greet workers that are to decode, whose bits must be those of `probe`; None if no scheduler answers, or if nobody
+    was there at the end of the canvas."""
+    if run.is_alone:
+        yield None
+        return
     from tiler.cluster import tasks
     from tiler.cluster.engine import Engine
     from tiler.cluster.members import Members

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from tiler.cluster.engine import LOOPBACK, local_host, security_of
 from tiler.cluster.missing import explained
 from tiler.cluster.shared import WORKER_FOLDER
 from tiler.errors import ClusterError
+from tiler.jobs.temporary import own_folder
 from tiler.memory import process
 from tiler.memory.budget import Budget
 
@@ -62,13 +61,10 @@ def work(joining: Joining, budget: Budget) -> None:
     """Work until a signal ends the process, or with `once` until the connection is lost. Raises UsageError, and with
     `once` ClusterError if nobody answers."""
     security = security_of(joining.keys)
-    folder = tempfile.mkdtemp(prefix="tiler-worker-", dir=os.environ.get(WORKER_FOLDER))
-    try:
-        with budget:
-            tasks.begin(lambda: open_bench(budget, joining.models, joining.scratch), budget.max_bytes)
-            code = asyncio.run(_stay(joining, security, folder))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    place = os.environ.get(WORKER_FOLDER)
+    with own_folder("tiler-worker-", None if place is None else Path(place)) as folder, budget:
+        tasks.begin(lambda: open_bench(budget, joining.models, joining.scratch), budget.max_bytes)
+        code = asyncio.run(_stay(joining, security, str(folder)))
     sys.stdout.flush()
     if code is None:
         sys.stderr.flush()

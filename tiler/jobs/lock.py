@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tiler.errors import JobLocked, StorageError
@@ -71,16 +72,26 @@ class Lock:
 def is_held(path: Path) -> bool:
     """Whether any process holds the lock now."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with held_if_free(path) as is_free:
+            return not is_free
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def held_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock in the context if no other process does; whether this one does. Raises OSError if there is no such
+    file."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = True
+        except OSError:
+            is_free = False
+        yield is_free
     finally:
         os.close(fd)
-    return False
 
 
 def _now() -> str:
