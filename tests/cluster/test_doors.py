@@ -12,7 +12,7 @@ import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import distributed
 import make_checkpoint
@@ -23,6 +23,7 @@ import torch
 from tests.conftest import Ran
 from tiler import Budget, RenderRequest, interrupts
 from tiler.cli import supervise
+from tiler.cluster import bench as benches
 from tiler.cluster import ceilings, shared, tasks
 from tiler.cluster import engine as engines
 from tiler.cluster.bench import Bench
@@ -38,7 +39,7 @@ from tiler.models import family as families
 from tiler.models.built import Models
 from tiler.models.samples import Prompt
 from tiler.phases import start
-from tiler.planning.render import CONNECTIONS_BYTES, JOINED_BYTES, SENT_PROMPTS
+from tiler.planning.render import CONNECTIONS_BYTES, JOINED_BYTES, SENT_PROMPTS, RenderPlan
 from tiler.planning.resolve import resolve
 from tiler.planning.tiling import plan_tiling
 from tiler.request import Decode, Precision
@@ -253,6 +254,37 @@ def test_a_job_is_opened_before_its_prompts_are_known(job: SharedJob, monkeypatc
             bench.close()
 
 
+def test_jobs_share_a_worker_as_long_as_their_prompts_fit(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan has room for the prompts of three, or of fewer where the ceiling is too low."""
+    monkeypatch.setattr("tiler.cluster.bench._FEW_BYTES", 0)
+    planned, room = list[int](), 3
+    plan_render = benches.plan_render
+
+    def planning(*asked: Any, prompt_sets: int, **more: Any) -> RenderPlan:
+        planned.append(prompt_sets)
+        found = plan_render(*asked, prompt_sets=prompt_sets, **more)
+        return found if prompt_sets <= room else replace(found, memory=replace(found.memory, max_bytes=1))
+
+    monkeypatch.setattr("tiler.cluster.bench.plan_render", planning)
+    with Budget(read_rss().now + 2_000_000_000) as budget:
+        bench = Bench(budget, {})
+        tasks.begin(lambda: bench, budget.max_bytes)
+        try:
+            long = {text: Prompt(torch.cat(2 * [one.tokens], dim=1)) for text, one in job.texts.items()}
+            for room, expected in ((3, ["a", "b", "c"]), (2, ["a", "b"]), (1, ["a"])):
+                planned.clear()
+                for name in "abc":
+                    tasks.open_job(np.frombuffer(replace(job, name=name).to_bytes(), np.uint8))
+                assert list(bench.jobs) == expected and planned == list(range(3, room - 1, -1))
+                bench.close()
+            room = 3
+            for name, texts in (("a", job.texts), ("b", long), ("c", job.texts)):
+                tasks.open_job(np.frombuffer(replace(job, name=name, texts=texts).to_bytes(), np.uint8))
+            assert list(bench.jobs) == ["a", "b"], "the second has two of the three places"
+        finally:
+            bench.close()
+
+
 class FakeDecoder:
     """In place of the autoencoder of a job; a probe of ones fails."""
 
@@ -375,19 +407,21 @@ def test_a_preview_takes_its_memory_beside_the_workers(tiny: Path, tmp_path: Pat
 def test_the_connection_is_in_the_plan_of_every_phase(tiny: Path, tmp_path: Path) -> None:
     """Workers elsewhere open the model while prompts are encoded, and get the prompts while the guide is made."""
     said = {"output": tmp_path / "x.png", "guide": True, "insecure": True}
-    sent: list[int] = []
+    sent, smallest = list[int](), list[int]()
 
     def counted(where: str) -> dict[str, int]:
         run = start(ask(tiny, cluster=where, **said), Budget("8GB"), lambda event: None)
         terms = {(phase.name, term.name): term.nbytes for phase in run.plan.memory.phases for term in phase.terms}
         prompts = terms["encode prompts", "prompts"]
-        sent[:] = [SENT_PROMPTS * prompts]
+        sent[:], smallest[:] = [SENT_PROMPTS * prompts], [run.plan.memory.smallest_bytes]
         (canvas,) = ceilings.plan_of_worker(run, 8 * 10**9).memory.phases
         (of_worker,) = (term.nbytes for term in canvas.terms if term.name == "prompts")
         assert of_worker == terms["canvas", "prompts"] + prompts, "as they arrived, and as they are used"
         return {name: nbytes for (name, what), nbytes in terms.items() if what == "cluster"}
 
+    alone = start(ask(tiny, **said), Budget("8GB"), lambda event: None).plan.memory
     found = counted("listen:127.0.0.1:9")
+    assert smallest[0] - alone.smallest_bytes >= CONNECTIONS_BYTES, "what a plan and a refusal name"
     assert set(found) == {"encode prompts", "guide", "guide picture", "canvas", "decode"}
     assert found["decode"] == CONNECTIONS_BYTES
     assert found["encode prompts"] == JOINED_BYTES

@@ -31,6 +31,7 @@ from tiler.memory.budget import Budget, format_mb
 from tiler.models import family as families
 from tiler.models.family import Family, Role
 from tiler.models.loras import apply_loras, find_loras
+from tiler.models.samples import Prompt
 from tiler.packing import packed_parts
 from tiler.planning.render import plan_render
 from tiler.planning.summary import seconds_per_tile
@@ -42,6 +43,7 @@ from tiler.run import measure
 from tiler.weights.packed import default_cache
 
 _JOBS = 3  # open at once
+_FEW_BYTES = 4_000_000  # of prompts that are within a plan's margin
 _KEPT = 60.0  # FORGOTTEN for a slab under way: if it is lost, so are those of all other workers
 
 
@@ -59,6 +61,7 @@ class _Open:
 
     run: DenoiserRun
     runner: Runner
+    prompt_bytes: int
     digest: str = ""
     tiles: int = 0
     seconds: float = 0.0
@@ -77,6 +80,7 @@ class Bench:
         self.jobs: dict[str, _Open] = {}
         self._budget, self._models, self._scratch = budget, models, scratch
         self._stack = ExitStack()
+        self._sets = 1  # of prompts like those of the first open job: the plan has room for so many
         self._streamer: Streamer | None = None
         self._ahead: _Ahead | None = None
         self._decoder: BandDecoder | SlabDecoder | None = None
@@ -157,7 +161,7 @@ class Bench:
             self._open_weights(run)
         assert self._streamer is not None
         runner = runner_on(self._streamer, run, Prompts(run.plan.family, job.texts))
-        self.jobs[job.name] = _Open(run, runner)
+        self.jobs[job.name] = _Open(run, runner, bytes_of(job.texts))
 
     def _joined(self, job: SharedJob) -> DenoiserRun | None:
         """Return a run of `job` on the denoiser of the jobs that are open, None if there are none. Raises Taken if it
@@ -167,6 +171,9 @@ class Bench:
             return None
         if len(self.jobs) >= _JOBS or not _is_alike(begun.request, self._of_here(job)):
             raise Taken("it works for another render")
+        first, *others = (opened.prompt_bytes for opened in self.jobs.values())
+        if sum(others) + bytes_of(job.texts) > max((self._sets - 1) * first, _FEW_BYTES):
+            raise Taken("it has no memory for another render's prompts")
         return self._beside(begun, job)
 
     def forget(self) -> None:
@@ -278,9 +285,14 @@ class Bench:
         models.module(family.part(Role.DENOISER))
         facts = measure(request.scratch_folder)
         tiling = plan_tiling(request, family)
-        plan = plan_render(
-            request, models, tiling, facts, self._budget.max_bytes, encoded=True, tiles_only=True, embeds=job.embeds
-        )
+        for sets in range(_JOBS, 0, -1):  # of as many jobs as there is memory for
+            plan = plan_render(
+                request, models, tiling, facts, self._budget.max_bytes, encoded=True, tiles_only=True,
+                embeds=job.embeds, prompt_sets=sets,
+            )  # fmt: skip
+            if plan.memory.fits:
+                break
+        self._sets = sets
         try:
             plan.memory.check(table=False)
         except BudgetRefused as error:
@@ -339,6 +351,12 @@ def tile_of(window: Window, latents: Tensor) -> Tile:
     names = [field.name for field in fields(Text2ImageRegion) if field.name != "weights"]
     region = Text2ImageRegion(**dict(zip(names, window, strict=True)), weights=torch.empty(0))
     return Tile(latents[None], region)
+
+
+def bytes_of(texts: Mapping[str | None, Prompt]) -> int:
+    """The bytes of encoded prompts."""
+    tensors = (tensor for prompt in texts.values() for tensor in (prompt.tokens, prompt.pooled))
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _is_alike(one: ResolvedRequest, other: ResolvedRequest) -> bool:

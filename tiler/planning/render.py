@@ -112,12 +112,13 @@ def plan_render(
     encoded: bool = False,
     embeds: bool = False,
     tiles_only: bool = False,
+    prompt_sets: int = 1,
 ) -> RenderPlan:
     """Plan a render whose work is cut into `tiling`. The memory plan may exceed the ceiling `max_bytes`; its `check()`
     then refuses. `methods` are the autoencoder's methods chosen by an earlier run, by the names in
     `RenderPlan.methods`. Prompts that are already `encoded` need no text encoder. Prompts that name embeddings
     (`embeds`) may be longer than their words suggest. With `tiles_only`, the process predicts tiles for a canvas held
-    elsewhere and has no other phase.
+    elsewhere, has no other phase, and holds the prompts of so many such renders at a time: `prompt_sets`.
 
     Raises UsageError for step counts that do not suit the scheduler, and ModelError for a scheduler config or weights
     that are unusable.
@@ -167,8 +168,8 @@ def plan_render(
         coding = _plan_coding(request, models, tiling, facts, methods, decode_precision, stored=on_disk)
     prompts = Term(name="prompts", nbytes=len(tiling.texts) * sampler.prompt_bytes)
     others_bytes = prompts.nbytes - sampler.prompt_bytes  # the denoiser's own figure includes one prompt
-    if tiles_only:  # a worker has them twice: as they arrived, and as they are used
-        others_bytes += prompts.nbytes
+    if tiles_only:  # a worker has one set twice: as it arrived, and as it is used
+        others_bytes += prompt_sets * prompts.nbytes
     denoising = [*fixed, Term(name="canvas", nbytes=canvas_bytes), Term(name="prompts", nbytes=others_bytes)]
     clustered, joined, greeting = [], [], []
     if request.cluster is not None and not tiles_only:
