@@ -147,8 +147,8 @@ class Members:
 
     @property
     def waits_forever(self) -> bool:
-        """Whether the render waits for its workers however long they take."""
-        return self._patience is None
+        """Whether the render waits for workers however long they take, since others may come."""
+        return self._patience is None and self._running is None
 
     @property
     def are_taken(self) -> bool:
