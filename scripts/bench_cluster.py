@@ -10,6 +10,8 @@ python scripts/bench_cluster.py scale [--workers 100] [--tasks 10000] [--side 10
     CPU time of a queue's scheduler and of the coordinator for each task, less what both take while nothing happens,
     and their memory, in windows of a tenth of the tasks: growth would be seen. So many workers are in another process,
     and their predictions are made up. --plain measures a `dask scheduler` instead.
+python scripts/bench_cluster.py idle --model mini --size 512 --steps 1 [--decode exact]
+    RSS of two workers, as they read it themselves: before their first job, and after a render; its peak meanwhile.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,6 +184,27 @@ def speedup(told: argparse.Namespace) -> None:
     print(f"bytes: {'equal' if len(digests) == 1 else f'DIFFERENT {digests}'}")
 
 
+def idle(told: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as place, fleet(told, Path(place)) as through:
+        _, address, *keys, _ = through
+
+        def ask(until: Callable[[dict[str, Any]], bool]) -> None:
+            command = tiler("cluster", "status", address, *keys, "--json")
+            while True:
+                ran = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True)
+                found = json.loads(ran.stdout)["workers"]
+                if len(found) == 2 and all(map(until, found)):
+                    break
+                time.sleep(0.5)
+            for worker in found:
+                sizes = f"RSS {worker['rss_bytes'] / 1e6:.0f} MB, peak {worker['peak_rss_bytes'] / 1e6:.0f} MB"
+                print(f"{worker['name']}: {sizes}", flush=True)
+
+        ask(lambda worker: True)
+        Timed(told, Path(place), "picture", *through).wait()
+        ask(lambda worker: not worker["job"])
+
+
 def host(keys: Path, folder: Path) -> subprocess.Popen[bytes]:
     """The process with the scheduler of a queue, which prints its address."""
     with socket.create_server(("127.0.0.1", 0)) as found:
@@ -330,6 +353,14 @@ def main() -> None:
     one.add_argument("--part", choices=("alone", "workers"), help="measure nothing else")
     one.add_argument("--brief", action="store_true", help="neither runs to warm up nor a queue")
     one.set_defaults(run=speedup)
+    three = commands.add_parser("idle")
+    three.add_argument("--model", default="mini")
+    three.add_argument("--size", type=int, default=512)
+    three.add_argument("--steps", type=int, default=1)
+    three.add_argument("--precision", default="fp32")
+    three.add_argument("--max-ram", default="800MB")
+    three.add_argument("--worker-ram", default="800MB")
+    three.set_defaults(run=idle, canvas=False)
     two = commands.add_parser("scale")
     two.add_argument("--workers", type=int, default=100)
     two.add_argument("--tasks", type=int, default=10_000)

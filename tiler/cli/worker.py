@@ -81,7 +81,7 @@ def command(
     of its own.
 
     The weights are read from this machine's disk. The worker waits for work, and joins again if the connection is lost.
-    It takes about 60 MB until its first job, and about 230 MB between two jobs, because torch stays loaded; when the
+    It takes about 60 MB until its first job, and about 210 MB between two jobs, because torch stays loaded; when the
     connection is lost, it starts again as small as at first.
     """
     # In the configuration file, `model` is a name for renders, not NAME=PATH.
