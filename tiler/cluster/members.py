@@ -96,9 +96,10 @@ class Members:
             if m.tiles and m.greeting is not None
         ]
 
+    @property
     def are_present(self) -> bool:
-        """Whether any worker is at the scheduler now, also one that is being greeted or was left out."""
-        return bool(self.engine.members())
+        """Whether any worker was at the scheduler at the last look, also one that is being greeted or was left out."""
+        return bool(self._members)
 
     def states(self, is_late: Callable[[Member], bool]) -> tuple[WorkerState, ...]:
         """Return what there is to show of the ready workers."""

@@ -217,7 +217,7 @@ def _open_pool(
         try:
             yield pool
         finally:
-            run.workers, run.is_alone = members.uses(), not members.are_present()
+            run.workers, run.is_alone = members.uses(), not members.are_present
             if cluster.where in (Where.CONNECT, Where.FILE, Where.ENV):  # scheduler and workers outlive this run
                 for address in members.greeted():
                     members.engine.tell(address, tasks.close, name)
