@@ -67,13 +67,15 @@ def main() -> None:
     parser.add_argument("--name", default="stub")
     parser.add_argument("--seconds", type=float, default=0.02, help="that a tile takes")
     parser.add_argument("--dies-at", default="", help="the place of a tile that ends the process")
+    parser.add_argument("--hangs-at", default="", help="the place of a tile that is never done")
     parser.add_argument("--says", default="", help="instead of any prediction")
+    parser.add_argument("--refuses", default="", help="why it takes no job")
     parser.add_argument("--contact-address")
     told = parser.parse_args()
     ballast: list[bytearray] = []
 
     def opened(job: object) -> str:
-        return Greeting().to_json()
+        return Greeting(refusal=told.refuses).to_json()
 
     def hello(job: str, step: int, window: Window, latents: np.ndarray) -> str:
         ballast[:] = [bytearray(b"x") * BALLAST]
@@ -84,6 +86,8 @@ def main() -> None:
     def predict(job: str, step: int, windows: Sequence[Window], latents: np.ndarray) -> Answer:
         if any(f"{window[0]},{window[1]}" == told.dies_at for window in windows):
             os._exit(9)
+        while any(f"{window[0]},{window[1]}" == told.hangs_at for window in windows):
+            time.sleep(1)
         time.sleep(told.seconds * len(windows))
         if told.says:
             return Answer(None, 0.1, 0, told.says, "NaN" in told.says)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -12,7 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from tiler import events, phases
 from tiler.cli import supervise
 from tiler.cluster import ceilings, slabs
 from tiler.cluster.engine import Engine
+from tiler.cluster.shared import Estimate
 from tiler.cluster.status import workers
-from tiler.decoding import frozen
+from tiler.decoding import frozen, lockstep
 from tiler.decoding.messages import Orders, Report
+from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
 from tiler.errors import TilerError
 from tiler.render_run import RenderRun
@@ -73,7 +77,7 @@ def test_two_workers_make_the_picture_of_one_process(
     monkeypatch.setattr(phases, "make_guide", guiding)
     drawn = draw(tiny, tmp_path, **fleet.through)
     idle = wait(lambda one: not one["job"])
-    assert all(one["rss_bytes"] < 250_000_000 for one in idle), "about 230 MB, as `tiler worker --help` says"
+    assert all(one["rss_bytes"] < 250_000_000 for one in idle), "about 210 MB, as `tiler worker --help` says"
     assert torch.equal(drawn.latents, alone.latents) and drawn.picture == alone.picture
     assert set(drawn.workers) == {"a", "b"}
     assert sum(worker["tiles"] for worker in drawn.workers.values()) >= 3 * drawn.report["tiles"]
@@ -210,13 +214,81 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     return draw(Path("mini"), tmp_path_factory.mktemp("whole"), **LAYERS)
 
 
-def test_idle_workers_decode_slabs(fleet: Fleet, whole: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_idle_workers_decode_slabs(
+    fleet: Fleet, whole: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the memory that is planned for their messages, each of which is held as it comes and as it is sent."""
     monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
+    monkeypatch.setattr(lockstep, "LEAST_ROWS", 16)  # of latents: the picture has a slab for each
+    monkeypatch.setattr(slabs, "FEWEST", 3)
+    held, teams = list[int](), list[set[str]]()
+
+    def counting(tell: str) -> Callable[..., Any]:
+        original = getattr(slabs.Slabs, tell)
+
+        def told(self: slabs.Slabs, said: Sequence[Any]) -> list[Report]:
+            reports: list[Report] = original(self, said)
+            held.extend(sum(len(pickle.dumps(each)) for each in messages) for messages in (said, reports))
+            teams.append({member.name for member in self._team})
+            return reports
+
+        return told
+
+    for tell in ("begin", "go_on"):
+        monkeypatch.setattr(slabs.Slabs, tell, counting(tell))
+    fleet.start("c")
     many = draw(Path("mini"), tmp_path, **LAYERS, **fleet.through)
+    fleet.end("c")
     assert many.picture == whole.picture and not whole.report["decoders"]
+    assert all(team == {"a", "b", "c"} for team in teams)
     decoded = many.report["decoders"]
-    assert {worker["name"] for worker in decoded} == {"a", "b"} and sum(worker["rows"] for worker in decoded) == 512
+    assert len(decoded) > 1 and sum(worker["rows"] for worker in decoded) == 512
     assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in decoded)
+    assert max(now + before for now, before in pairwise(held)) <= lockstep.held_bytes(4 * 4 * 64 * 64, 3)
+    fleet.wait(lambda joined: joined == {"a", "b"})
+
+
+NARROW: dict[str, Any] = LAYERS | {"size": None, "width": 128, "height": 512}
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    """A quarter of such a picture: two slabs, though all rows of the last pass are in one."""
+    return draw(Path("mini"), tmp_path_factory.mktemp("narrow"), **NARROW)
+
+
+def test_a_row_of_a_queue_is_decoded_by_its_workers(
+    fleet: Fleet, narrow: Drawn, tmp_path: Path, in_process: Callable[..., Ran]
+) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "a boat", "seed": 11, "output": "one.png"}) + "\n")
+    ran = in_process(
+        "batch", tmp_path / "q.jsonl", "--model", "mini", "--width", 128, "--height", 512, "--steps", 1, "--no-guide",
+        "--no-metadata", "--decode", "exact", "--precision", "fp32", "--cluster", fleet.address, "--keys", fleet.keys,
+        "--max-ram", "2GB", "--nice", 0, "--threads", 1,
+    )  # fmt: skip
+    assert ran.code == 0 and (tmp_path / "one.png").read_bytes() == narrow.picture, ran.err
+    # Both decode, unless other programs make them slower together than one process.
+    assert all(ran.err.count(f"note: worker {name} has joined") == 2 for name in "ab"), ran.err
+    assert "fewer than two workers" not in ran.err
+
+
+def test_workers_of_a_render_that_listens_decode(
+    fleet: Fleet, narrow: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come late: it does not ask for them before."""
+    monkeypatch.setattr(
+        "tiler.cluster.run.workers_of", lambda run: nullcontext(lambda prompts: nullcontext(open_denoiser))
+    )
+    monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
+    port = free_port()
+    for name in ("d", "e"):
+        command = [sys.executable, "-m", "tiler", "worker", f"tls://127.0.0.1:{port}", "--keys", str(fleet.keys)]
+        fleet.run(name, [*command, "--name", name, "--max-ram", str(CEILING), "--threads", "1", "--quiet"])
+    many = draw(Path("mini"), tmp_path, **NARROW, cluster=f"listen:127.0.0.1:{port}", keys=fleet.keys)
+    assert many.picture == narrow.picture and many.report["decoders"]
+    assert all(any(note.startswith(f"worker {name} has joined") for note in many.notes) for name in "de")
+    for name in ("d", "e"):
+        fleet.end(name)
 
 
 def test_a_worker_that_is_killed_while_it_decodes_changes_no_byte(
@@ -292,6 +364,16 @@ def test_a_plan_asks_the_workers_how_fast_they_would_be(
     assert sum(worker["tiles"] for worker in found.values()) == 3 * facts["tiles"]
     assert all(0 < worker["seconds_per_tile"] < 10 and 0 <= worker["idle"] < 1 for worker in found.values())
     assert facts["cluster"]["pair_seconds"] <= 2.001 * facts["cluster"]["canvas_seconds"]
+
+
+def test_a_plan_says_how_long_workers_would_decode(
+    fleet: Fleet, in_process: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = {name: Estimate(seconds=1e-6, instructions="x") for name in "ab"}
+    monkeypatch.setattr("tiler.cluster.outlook._asked", lambda *asked: fast)
+    words = ("plan", "a boat", "--model", "mini", "--size", 2048, "--decode", "exact", "--no-guide", "--steps", 1)
+    ran = in_process(*words, "--cluster", fleet.address, "--keys", fleet.keys)
+    assert re.search(r"; decoding 3 s, or \d+ (s|min)\b", " ".join(ran.out.split())), ran
 
 
 def test_a_plan_of_local_workers_tells_what_each_would_do(tiny: Path, in_process: Callable[..., Ran]) -> None:

@@ -22,6 +22,8 @@ from tests.cluster import stub
 from tests.cluster.conftest import Drawn, Fleet, draw, free_port, open_fleet
 from tiler import events, phases
 from tiler.cluster import engine, members, pool, run
+from tiler.cluster.keys import make_keys
+from tiler.decoding import lockstep
 from tiler.errors import NumericalError
 
 ROOT = str(Path(__file__).parents[2])
@@ -112,6 +114,46 @@ def test_workers_are_greeted_again_if_that_fails_while_the_guide_is_made(
     drawn = draw(tiny, tmp_path, **stubs.through)
     assert same(drawn, alone) and set(drawn.workers) == {"a"}
     assert "greeting workers ahead failed (out of order): they are greeted again" in drawn.notes
+
+
+def test_if_no_worker_comes_nobody_waits_for_them_again_to_decode(
+    stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lockstep, "LEAST_ROWS", 8)  # of latents: a small picture has slabs too
+    monkeypatch.setattr(run, "_PATIENCE", 0.0)
+    drawn = draw(tiny, tmp_path, cluster=f"listen:127.0.0.1:{free_port()}", keys=stubs.keys)
+    assert same(drawn, alone) and "no worker is left: this process predicts alone" in drawn.notes
+    assert not [note for note in drawn.notes if "to decode" in note or "alone decodes" in note]
+
+
+def test_workers_that_hang_while_their_heartbeats_go_on_are_not_waited_for(
+    stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_LATE_SECONDS", 0.1)
+    stubs.begin_stubs("a", hangs_at="0,6", seconds="0.05")
+    stubs.start_stubs("b", hangs_at="0,6", seconds="0.05")
+    stubs.wait(lambda joined: joined == {"a", "b"})
+    drawn = draw(tiny, tmp_path, **stubs.through)
+    assert same(drawn, alone) and "no worker answers: this process predicts until one does" in drawn.notes
+
+
+def test_workers_that_refuse_or_have_another_key_are_left_out_and_this_process_goes_on(
+    stubs: Fleet, tiny: Path, tmp_path: Path, alone: Drawn
+) -> None:
+    ours, others = stubs.keys, tmp_path / "others"
+    make_keys(others)
+    stubs.keys = others
+    stubs.begin_stubs("stranger")
+    stubs.keys = ours
+    reasons = {"model": "x is another model here", "small": "its ceiling of 100 MB is too low"}
+    for name, why in reasons.items():
+        stubs.begin_stubs(name, refuses=why)
+    stubs.wait(lambda joined: joined == set(reasons))
+    drawn = draw(tiny, tmp_path, **stubs.through)
+    assert same(drawn, alone) and not drawn.workers
+    assert {f"worker {name} is left out: {why}" for name, why in reasons.items()} <= set(drawn.notes)
+    assert "no worker is left: this process predicts alone" in drawn.notes
+    assert stubs.processes["stranger"].poll() is None and set((stubs.engine.members() or {}).values()) == set(reasons)
 
 
 def test_with_cluster_only_it_waits_for_workers(

@@ -184,6 +184,26 @@ def test_the_rest_begin_again_without_a_lost_worker() -> None:
     assert rows_from(team) == list(range(2 * ROWS))
 
 
+def test_a_worker_that_joins_late_gets_a_slab_if_it_is_ready_in_time() -> None:
+    """While others wait for more to come; who comes after they have begun gets none."""
+    scheduler = Scheduler(a=Good(), b=Good())
+    team = team_of(scheduler, [])
+    team._grace = 1e9
+    looks = 0
+
+    def come() -> None:
+        nonlocal looks
+        looks += 1
+        if looks == 10:
+            scheduler.workers["late"] = Good()
+            team._grace = 0.0
+
+    team._check = come
+    scheduler.workers["a"].instead = lambda number, asked: scheduler.workers.setdefault("later", Good()) and None
+    assert rows_from(team) == list(range(3 * ROWS))
+    assert scheduler.workers["late"].asked and not scheduler.workers["later"].asked
+
+
 def test_a_worker_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slabs, "_LATE", 0.0)
     monkeypatch.setattr(slabs, "_LATE_SECONDS", 0.0)
