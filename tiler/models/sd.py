@@ -139,7 +139,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             config=text,
             build=partial(build_clip, checkpoint, part, text),
             aliases=clip_names,
-            quantise=partial(quantised, levels=0),
+            quantise=partial(quantised, widths=()),
             example=run_clip,
         )
         for part, text in texts.items()
@@ -152,7 +152,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion:
             config=unet,
             build=partial(build_unet, checkpoint, unet),
             aliases=plain_names,
-            quantise=partial(quantised, levels=levels),
+            quantise=partial(quantised, widths=unet["block_out_channels"]),
             half=halved,
         ),
         vae_part(spec),

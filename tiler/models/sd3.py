@@ -162,7 +162,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusion3:
         Part(
             name=part, role=Role.TEXT_ENCODER, config=text, aliases=clip_names,
             build=partial(build_clip, checkpoint, part, text, projection=True),
-            quantise=partial(quantised_text, levels=0) if part == "text_encoder" else no_parameter,
+            quantise=partial(quantised_text, widths=()) if part == "text_encoder" else no_parameter,
             example=partial(run_clip, output_hidden_states=True),
         )
         for part, text in texts.items()

@@ -203,7 +203,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
             config=text,
             build=partial(build_clip, checkpoint, part, text, projection=part == "text_encoder_2"),
             aliases=clip_names,
-            quantise=partial(quantised, levels=0) if part == "text_encoder" else no_parameter,
+            quantise=partial(quantised, widths=()) if part == "text_encoder" else no_parameter,
             example=partial(run_clip, output_hidden_states=True),
         )
         for part, text in texts.items()
@@ -214,7 +214,7 @@ def read(checkpoint: Checkpoint, name: str) -> StableDiffusionXL:
         config=unet,
         build=partial(build_unet, checkpoint, unet),
         aliases=plain_names,
-        quantise=partial(quantised, levels=levels),
+        quantise=partial(quantised, widths=unet["block_out_channels"]),
         half=halved,
     )
     defaults, notes = {"guidance_scale": 5.0}, []

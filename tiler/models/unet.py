@@ -17,6 +17,7 @@ from torch import Tensor
 from tiler.compute import onednn
 from tiler.compute.layers import SMALL
 from tiler.compute.stream import Streamer
+from tiler.compute.tuning import INT8_CHANNELS
 from tiler.memory.lean_imports import lean_imports
 from tiler.models import strips
 from tiler.models.blocks import (
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 # outermost blocks except their transformers. These are 2 % of the weights, cause three quarters of int8's total error
 # (squared: scripts/sensitivity.py), and are about as fast in fp32, with the convolutions transformed (winograd.py).
 FP32_NAMES = ("time_emb", "add_embedding.", "conv_in.", "conv_out.")
+# These keep their type too in the last block but one of a narrow UNet, where quantising inputs takes much of the time
+# that 8-bit products save. In `mini` they are 8 % of the weights and cause half of int8's error (squared).
+NARROW_FP32_NAMES = (".upsamplers.", ".ff.net.0.")
 
 
 def build_unet(checkpoint: Checkpoint, config: dict[str, Any]) -> UNet2DConditionModel:
@@ -58,9 +62,13 @@ def large_weights(model: torch.nn.Module) -> list[str]:
     return [f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL]
 
 
-def quantised(name: str, levels: int) -> bool:
-    """Whether a weight of a UNet with this many levels becomes int8; with `levels` 0, a text encoder's."""
+def quantised(name: str, widths: Sequence[int]) -> bool:
+    """Whether a weight of a UNet becomes int8 whose levels have these widths (`block_out_channels`); without any, a
+    text encoder's."""
+    levels, narrow = len(widths), min(widths, default=INT8_CHANNELS) < INT8_CHANNELS
     outermost = ("down_blocks.0.", f"up_blocks.{levels - 1}.")
+    if narrow and name.startswith(f"up_blocks.{levels - 2}.") and any(part in name for part in NARROW_FP32_NAMES):
+        return False
     return not any(part in name for part in FP32_NAMES) and (
         ".transformer_blocks." in name or not name.startswith(outermost)
     )
@@ -71,10 +79,10 @@ def halved(name: str) -> bool:
     return not any(part in name for part in FP32_NAMES)
 
 
-def int8_weights(unet: torch.nn.Module) -> frozenset[str]:
+def int8_weights(unet: Any) -> frozenset[str]:
     """The weights of a built UNet that become int8."""
-    levels = len(getattr(unet, "up_blocks", ()))
-    return frozenset(name for name in large_weights(unet) if quantised(name, levels))
+    widths = unet.config.block_out_channels
+    return frozenset(name for name in large_weights(unet) if quantised(name, widths))
 
 
 def windows_of(options: Options, timestep: Tensor) -> Windows | None:

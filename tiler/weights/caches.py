@@ -19,7 +19,7 @@ from tiler.weights.flavours import names_in
 from tiler.weights.index import read_metadata
 from tiler.weights.places import cache_home
 
-INT8_VERSION = "5"  # of the rules for int8 weights: which layers, which scales, which order
+INT8_VERSION = "6"  # of the rules for int8 weights: which layers, which scales, which order
 MODEL = "model"  # the entry in a cached file's metadata that names the model
 _HASH = re.compile(r"[0-9a-f]{32}")
 _OURS = re.compile(rf"{_HASH.pattern}\.safetensors")
