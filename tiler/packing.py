@@ -83,7 +83,7 @@ def packed_weights(models: Models, cache: Path, progress: Callable[[float, str],
     part = family.part(Role.DENOISER)
     name = part.name
     rotated = frozenset(weight for weight in integers[name] if part.rotate and can_rotate(matched[name][weight].shape))
-    changes, rules = packed_changes(models), str(cpu.int8().largest)
+    changes, rules = packed_changes(models), "fours" if cpu.int8().adds_fours else "127"
     if changes:
         rules += " " + ", ".join(models.loras.marks([changes]))
     if rotated:

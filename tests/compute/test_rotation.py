@@ -29,7 +29,7 @@ def test_one_channel_in_a_hundred_may_be_thirty_times_as_large(tmp_path: Path) -
     x[:, 77] *= 30
     want = x @ weight.T
     module = nn.ModuleDict({"w": nn.Linear(1152, 192, bias=False, device="meta")})
-    with WeightStore(packed(weight, tmp_path, in_blocks=True, largest=cpu.int8().largest)) as store:
+    with WeightStore(packed(weight, tmp_path, in_blocks=True, largest=0)) as store:
         stream_layers(module, streamer := Streamer(store, prefer=[KERNELS["native-int8"]]))
         assert streamer.kernel(module["w"].op(), None).name == "native-int8"
         apart = (module["w"](x) - want).norm(dim=-1) / want.norm(dim=-1)

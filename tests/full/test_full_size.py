@@ -68,8 +68,8 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
     (plain, peak, read), (int8, int8_peak, int8_read) = (torch.load(tmp_path / p) for p in ("fp32", "int8"))
     assert int8_peak < peak < 800_000_000
     assert int8_read < 0.55 * read
-    # Measured on these random weights: 1.5 %; 1.8 % of 7-bit weights, on CPUs without 8-bit dot products.
-    assert (int8 - plain).norm() < 0.02 * plain.norm()
+    # Measured on these uniformly distributed weights: 1.5 %; 2.3 % on CPUs without 8-bit dot products.
+    assert (int8 - plain).norm() < 0.027 * plain.norm()
 
 
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(

@@ -19,6 +19,7 @@ void tiler_attention(Tiler *, const Attention *, int);
 void tiler_pack(Tiler *, const Pack *, int);
 void tiler_winograd(Tiler *, const Winograd *, int);
 void tiler_moments(Tiler *, const Moments *, int);
+void tiler_quantise(Tiler *, const Quantise *, int);
 
 enum { AS_FP64 = AS_FP32 + 1 };  // of results alone
 
@@ -84,6 +85,7 @@ int main(int count, char **arguments) {
     if (operation == 5) tiler_pack(tiler, (const Pack *)fields, threads);
     if (operation == 6) tiler_winograd(tiler, (const Winograd *)fields, threads);
     if (operation == 7) tiler_moments(tiler, (const Moments *)fields, threads);
+    if (operation == 8) tiler_quantise(tiler, (const Quantise *)fields, threads);
     double error = error_of(array[result], type, want, values);
     if (!(error <= *tolerance)) printf("%s: error %g, %g allowed\n", arguments[n], error, *tolerance), wrong++;
     for (int64_t i = 0; i < arrays; i++) free(array[i]);

@@ -25,6 +25,7 @@ OPERATIONS = {
     Pack: "pack",
     Winograd: "winograd",
     library.Moments: "moments",
+    library.Quantise: "quantise",
 }  # as in driver.c
 DTYPES = {Type.UINT8: torch.uint8, Type.BF16: torch.bfloat16, Type.FP32: torch.float32}
 VALUES = {Kind.INT8: 4, Kind.BF16: 2, Kind.FP32: 1}  # of a lane
@@ -108,10 +109,13 @@ def activated(x: Tensor, how: Activation, gated: bool) -> Tensor:
 
 
 def weights_of(kind: Kind, *shape: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Whole weights within ±64, or weights that the kind represents exactly; their scales; the weights in lanes; their
-    sums."""
+    """Whole weights, one of four large, or weights that the kind represents exactly; their scales; the weights in
+    lanes; their sums."""
     if kind is Kind.INT8:
-        weight, scale = torch.randint(-64, 65, shape, dtype=torch.int8), torch.rand(shape[0]) / 50 + 0.01
+        weight, scale = torch.randint(-9, 10, shape, dtype=torch.int8), torch.rand(shape[0]) / 50 + 0.01
+        for first in (0, 2):  # with inputs 1, 4 and 5, or 3, 6 and 7, of eight
+            large = weight[:, first::8]
+            large.copy_(torch.randint(-101, 102, large.shape))
     else:
         weight = (torch.randn(shape) / 8).to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
         scale = torch.ones(shape[0])
@@ -190,6 +194,18 @@ def convolution(
         bias=address(bias), out=address(out), out_step=outputs,
     )  # fmt: skip
     return Case(call, (a, packed, factor, sums, scale, zero, taps, bias, out), out, want, 2e-6)
+
+
+def quantised(outputs: int, inputs: int, side: int) -> Case:
+    """Rows of whose values one is so large that it decides about the scale."""
+    torch.manual_seed(inputs)
+    x = torch.randn(outputs, inputs, side, side)
+    x[:, inputs // 2, 0, 0] = 100
+    values, scale = torch.full(x.shape, 99, dtype=torch.int8), torch.full((outputs,), 99.0)
+    call = library.Quantise(
+        x=address(x), outputs=outputs, inputs=inputs, taps=side * side, out=address(values), scale=address(scale)
+    )
+    return Case(call, (x, values, scale), scale, torch.full((outputs,), 100 / 127, dtype=torch.float64), 1e-6)
 
 
 def walsh_hadamard(n: int) -> Tensor:
@@ -450,6 +466,8 @@ def cases(lib: Library) -> list[Case]:
         ),
         linear(Kind.INT8, 203, 260, 160, gated=True, rank=20),
         convolution(Kind.INT8, 3, (13, 9), 40, 80, 3, 1),
+        quantised(5, 100, 1),
+        quantised(3, 12, 3),
         tokens(203, 96, Type.UINT8, norm=True),
         tokens(67, 192, Type.UINT8, norm=True, rotated=True),
         image(3, (33, 17), (12, 24), Type.UINT8),

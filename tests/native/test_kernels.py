@@ -25,10 +25,12 @@ from tests.native.kernel_cases import (
     every_set,
     image,
     kinds,
+    lanes,
     linear,
     needs_library,
     others,
     products,
+    quantised,
     tokens,
     transforms,
     weights,
@@ -51,8 +53,8 @@ def test_products_are_those_of_fp64(lib: Library) -> None:
 
 @every_set
 def test_the_largest_products_do_not_saturate(lib: Library) -> None:
-    """Sums of pairs of products have 16 bits without VNNI."""
-    for largest in (64, -64):
+    """Sums of four products have 16 bits on AVX2 without VNNI."""
+    for largest in (32, -32):
         for count, case in (
             (64, linear(Kind.INT8, 9, 64, 32, more=False)),
             (64 * 9, convolution(Kind.INT8, 1, (6, 5), 64, 32, 3, 1)),
@@ -63,6 +65,36 @@ def test_the_largest_products_do_not_saturate(lib: Library) -> None:
             sums.fill_(largest * count)
             case.call.bias = None
             assert (case.run(lib) == largest * 255 * count).all()
+
+
+@every_set
+def test_quantised_weights_do_not_saturate(lib: Library) -> None:
+    """However their values are distributed, and whatever they meet."""
+    for inputs, side, power in ((4, 3, 1), (12, 3, 1), (64, 1, 1), (144, 3, 3), (320, 1, 0)):
+        case = quantised(16, inputs, side)
+        weight, values, scale = case.tensors
+        weight[...] = torch.randn(weight.shape).abs() ** power * torch.randn(weight.shape).sign()
+        weight[0], weight[1] = 0, weight[1].abs()  # a row of zeros, and one of positive values
+        case.run(lib)
+        assert (values[0] == 0).all() and scale[0] == 1
+        exact = values.double() * scale.double().view(-1, 1, 1, 1)
+        error = (exact - weight).flatten(1).norm(dim=1)[1:] / weight.flatten(1).norm(dim=1)[1:]
+        assert error.max() < (0.04 if power < 3 else 0.1), (inputs, side, error.max())
+        for sign in (1, -1):  # 255 for all inputs whose weight in output 2 is positive, or all others
+            step = (
+                linear(Kind.INT8, 1, inputs, 16, more=False)
+                if side == 1
+                else convolution(Kind.INT8, 1, (1, 1), inputs, 16, side, 1)
+            )
+            a, packed, factor, sums, own_scale, zero = step.tensors[:6]
+            packed.copy_(lanes(values if side > 1 else values[:, :, 0, 0], 4).view_as(packed))
+            like = (sign * values[2] > 0).to(torch.uint8) * 255
+            a.copy_(like.permute(1, 2, 0).reshape(a.shape) if side > 1 else like.view_as(a))
+            sums.copy_(values.flatten(1).sum(1))
+            factor.fill_(1), own_scale.fill_(1), zero.zero_()
+            step.call.bias = None
+            want = (values.double() * like.double()).flatten(1).sum(1)
+            assert torch.equal(step.run(lib).double().view(-1), want)
 
 
 @every_set

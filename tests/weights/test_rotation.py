@@ -19,7 +19,8 @@ from tiler.weights.store import Piece, WeightStore, match_index
 
 
 def packed(weight: Tensor, folder: Path, *, in_blocks: bool, largest: int = 127) -> dict[str, TensorInfo]:
-    """The index of a packed file with a rotated `w.weight` of integers up to `largest`, as a model has it."""
+    """The index of a packed file with a rotated `w.weight` of integers up to `largest`, or as
+    the processor multiplies them (0), as a model has it."""
     save_file({"w.weight": weight}, folder / "plain.safetensors")
     name = frozenset({"w.weight"})
     write_packed(

@@ -80,25 +80,24 @@ def computed_by() -> str:
 
 
 class Int8(NamedTuple):
-    """How 8-bit products are computed. Weights have integer values in ±`largest`, activations 255 steps. Without
-    `products`, int8 weights are expanded to fp32."""
+    """How 8-bit products are computed. Weights have integer values in ±127, activations 255 steps. With `adds_fours`,
+    four products are added in 16 bits, which limits the weights of four. Without `products`, int8 weights are expanded
+    to fp32."""
 
-    largest: int
+    adds_fours: bool
     products: bool
     why: str
 
 
 def int8() -> Int8:
-    """The form of int8 on this processor; the library computes the products. Without dot-product instructions, pairs of
-    products are added in 16 bits (vpmaddubsw): 2 × 255 × 127 would overflow, 2 × 255 × 64 does not. With 127 steps for
-    both activations and weights, the error of a UNet call at SD 1.5's size was half as large again."""
+    """The form of int8 on this processor; the library computes the products. Without dot-product instructions they are
+    added in 16 bits (vpmaddubsw), two by the processor and two such sums by the kernel, which saves a quarter of the
+    instructions: Quantise in kernels.h."""
     if not has_avx2():
-        return Int8(127, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
+        return Int8(False, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
     dot = next((flag for flag in _DOT_PRODUCT if flag in flags()), None)
-    # Weights are quantised in the same way whether products work or not.
-    largest = 64 if dot is None else 127
     if library() is None:
-        return Int8(largest, False, f"{largest.bit_length()}-bit weights, fp32 arithmetic without tiler's own library")
+        return Int8(False, False, "8-bit weights, fp32 arithmetic without tiler's own library")
     if dot is None:
-        return Int8(largest, True, "7-bit weights, AVX2 without VNNI adds products in 16 bits")
-    return Int8(largest, True, f"8-bit weights, {dot}")
+        return Int8(True, True, "8-bit weights, limited because AVX2 without VNNI adds products in 16 bits")
+    return Int8(False, True, f"8-bit weights, {dot}")

@@ -3,7 +3,7 @@
 `down` is multiplied by the quantised input that the weight takes. The result, the lines, is quantised again with a
 scale for each row, and the product that follows adds `up · lines` before its bias. The scale of each row of `down` is
 moved to a column of `up`, so that the lines have comparable sizes wherever the factors come from. The error of the
-path, about 2 % of what it adds with 7-bit weights, is bounded in tests/compute/test_layers.py.
+path, about 2 % of what it adds where weights are limited (int8.py), is bounded in tests/compute/test_layers.py.
 """
 
 from __future__ import annotations

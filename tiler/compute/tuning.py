@@ -64,9 +64,9 @@ KERNELS_OF: Annotated[
     # Zen 3 server, which has AVX2 alone: native-winograd 0.53 and 0.31, winograd 0.56 and 0.33, native-int8 0.57 and
     # 0.54, native-fp32 1.25 and 1.04; linear, of 14.6 and 13.2 ms: native-int8 0.59 and 0.50, native-fp32 0.85 and
     # 0.85; a pass of SD 1.5 in fp32, two samples, 21.4–23.3 s with native-fp32 and 22.9–23.4 with fp32. In int8, a
-    # pass of ten samples took 71.8 s there with int8 first and 72.3 with native-winograd first. The 78 convolutions of
-    # SD 1.5 that are not transformed, Zen 4: native-fp32 2.83 s a sample, fp32 2.87, oneDNN with weights in its own
-    # order 2.41, which was not worth a kernel.
+    # pass of ten samples took 71.8 s there with int8 first and 72.3 with native-winograd first; int8 products
+    # have since become 1.19 times as fast. The 78 convolutions of SD 1.5 that are not transformed, Zen 4: native-fp32
+    # 2.83 s a sample, fp32 2.87, oneDNN with weights in its own order 2.41, which was not worth a kernel.
     Isa.AVX2: {
         "linear": ("native-int8", "native-fp32", "fp32"),
         "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),

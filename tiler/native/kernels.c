@@ -7,10 +7,11 @@
 #include "attention.h"
 #include "image.h"
 #include "pack.h"
+#include "quantise.h"
 #include "winograd.h"
 
 #define TABLE_OF(set) kernels_##set
 #define TABLE(set) TABLE_OF(set)
 
 extern const Kernels TABLE(SET);
-const Kernels TABLE(SET) = {SET_NAME, product, rows, image, moments, sums, attention, pack, winograd};
+const Kernels TABLE(SET) = {SET_NAME, product, rows, image, moments, sums, attention, pack, winograd, quantise};

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 7  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 8  // of these structs; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -16,7 +16,7 @@ enum Activation { NO_ACTIVATION, SILU, GELU, GELU_TANH };
 // `weights` is [outputs / 16][taps][steps][16] lanes. `a` is a matrix, one row after another, or (per_image > 0) images whose
 // places are rows: the row of place (y, x) begins at image · image_bytes + y · line_bytes + x · place_bytes, and tap t reads
 // `steps` lanes at tap[t] behind it. int8: `a` holds uint8 whose zero is `zero`, (a − zero) · scale; row r takes
-// scale[r / scale_rows] and zero[zero_step · (r / scale_rows)].
+// scale[r / scale_rows] and zero[zero_step · (r / scale_rows)]. AVX2 without VNNI takes values as `Quantise` makes them.
 //
 // int8 may have another int8 product of the same rows and outputs `beside` it, a low-rank path, whose scaled sums are added before
 // the bias, those of its gates to the gates. Of it are read: taps (1), outputs, steps, a, row_bytes, the weights and gates with
@@ -94,6 +94,17 @@ typedef struct {
   int32_t *sum;
 } Sums;
 
+// Rows (outputs, inputs, taps) of a weight as int8 for processors that add products in 16 bits, with the scale of each by which it
+// errs least: values are in ±127, and of the four products that are added, those of the first or the last two inputs of lanes 2i
+// and 2i + 1, neither the positive nor the negative weights add up to more than MOST_FOUR. `inputs` is a multiple of 4.
+enum { MOST_FOUR = 128 };  // times 255 fits 16 bits
+typedef struct {
+  const float *x;
+  int64_t outputs, inputs, taps;
+  int8_t *out;
+  float *scale;  // (outputs,)
+} Quantise;
+
 // Rows (outputs, inputs, taps) of a weight, into the order of a product of `kind`, FP32 or BF16; outputs up to a multiple of 16
 // and inputs up to a whole lane are filled with zeros. With `is_transformed` (9 taps) what `Winograd` takes instead:
 // [WINOGRAD_POINTS][outputs / 16][steps][16] lanes, of which these rows are some blocks of each.
@@ -149,6 +160,7 @@ typedef struct {
   void (*attention)(Pool *, const Attention *, int threads);
   void (*pack)(Pool *, const Pack *, int threads);
   void (*winograd)(Pool *, const Winograd *, int threads);
+  void (*quantise)(Pool *, const Quantise *, int threads);
 } Kernels;
 
 #endif

@@ -113,4 +113,5 @@ EXPORT void tiler_moments(Tiler *tiler, const Moments *p, int threads) { tiler->
 EXPORT void tiler_sums(Tiler *tiler, const Sums *p, int threads) { tiler->kernels->sums(tiler->pool, p, threads); }
 EXPORT void tiler_attention(Tiler *tiler, const Attention *p, int threads) { tiler->kernels->attention(tiler->pool, p, threads); }
 EXPORT void tiler_pack(Tiler *tiler, const Pack *p, int threads) { tiler->kernels->pack(tiler->pool, p, threads); }
+EXPORT void tiler_quantise(Tiler *tiler, const Quantise *p, int threads) { tiler->kernels->quantise(tiler->pool, p, threads); }
 EXPORT void tiler_winograd(Tiler *tiler, const Winograd *p, int threads) { tiler->kernels->winograd(tiler->pool, p, threads); }

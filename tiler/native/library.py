@@ -20,7 +20,7 @@ from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
 _INSTALL = "install tiler again (pip install -e . in its folder)"
-VERSION = 7  # of the structs below: that of kernels.h
+VERSION = 8  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -105,6 +105,17 @@ class Sums(Structure):
     """See kernels.h."""
 
     _fields_ = (("weights", c_void_p), ("blocks", c_int64), ("lanes", c_int64), ("sum", c_void_p))
+
+
+class Quantise(Structure):
+    """See kernels.h."""
+
+    _fields_ = (
+        ("x", c_void_p),
+        *((name, c_int64) for name in ("outputs", "inputs", "taps")),
+        ("out", c_void_p),
+        ("scale", c_void_p),
+    )
 
 
 class Pack(Structure):
@@ -194,6 +205,9 @@ class Library:
     def sums(self, sums: Sums, threads: int) -> None:
         self._functions.tiler_sums(self._handle, sums, threads)
 
+    def quantise(self, quantise: Quantise, threads: int) -> None:
+        self._functions.tiler_quantise(self._handle, quantise, threads)
+
     def pack(self, pack: Pack, threads: int) -> None:
         self._functions.tiler_pack(self._handle, pack, threads)
 
@@ -260,6 +274,7 @@ def _declare(functions: Any) -> None:
         ("attention", Attention),
         ("pack", Pack),
         ("winograd", Winograd),
+        ("quantise", Quantise),
     ):
         function = getattr(functions, f"tiler_{name}")
         function.argtypes, function.restype = [c_void_p, POINTER(struct), c_int], None

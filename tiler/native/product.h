@@ -47,7 +47,20 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
     for (int i = 0; i < rows; i++) a[i] = row[i] + tap;
 #pragma GCC unroll 4
     for (int j = 0; j < blocks; j++) w[j] = weights[j] + t * p->steps * 64;
-    for (int64_t s = span->s0; s < span->s1; s++) {
+    int64_t s = span->s0;
+#if ADDS_FOURS
+    for (; kind == INT8 && s + 1 < span->s1; s += 2) {
+      Register b[2][REGISTERS];
+      for (int j = 0; j < REGISTERS; j++)
+        b[0][j] = load_register(w[0] + s * 64 + j * WIDTH * 4), b[1][j] = load_register(w[0] + s * 64 + 64 + j * WIDTH * 4);
+#pragma GCC unroll 6
+      for (int i = 0; i < rows; i++) {
+        Register x = splat(a[i] + s * 4), y = splat(a[i] + s * 4 + 4);
+        for (int j = 0; j < REGISTERS; j++) c[i][j] = dot_of_fours(c[i][j], x, b[0][j], y, b[1][j]);
+      }
+    }
+#endif
+    for (; s < span->s1; s++) {
       Register b[BLOCKS * REGISTERS];
 #pragma GCC unroll 4
       for (int j = 0; j < blocks * REGISTERS; j++) b[j] = load_register(w[j / REGISTERS] + s * 64 + j % REGISTERS * WIDTH * 4);
@@ -132,6 +145,7 @@ INLINE int next_span(const Product *p, Span *span) {
     span->s1 = p->steps;
   } else {
     int64_t parts = (p->steps + CHUNK - 1) / CHUNK, step = (p->steps + parts - 1) / parts;
+    if (p->kind == INT8) step += step & 1;  // whole fours
     span->t1 = span->t0 + 1;
     span->s1 = span->s0 + step < p->steps ? span->s0 + step : p->steps;
   }
@@ -215,6 +229,7 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
       panel.row[i] = (const char *)p->a + r * p->row_bytes;
     }
   }
+  const int most = ADDS_FOURS && kind == INT8 ? 4 : TILE_ROWS;  // rows of a tile
   int64_t groups = group_count(p);
   const Product *beside = kind == INT8 ? p->beside : NULL;
   _Alignas(64) int32_t low_sums[TILE_ROWS * GROUP];
@@ -225,7 +240,7 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
     for (int is_first = 1; next_span(p, &span); is_first = 0) {
       int is_last = span.t1 == p->taps && span.s1 == p->steps;
       for (int64_t r = 0; r < rows;) {
-        int64_t left = rows - r, many = left >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        int64_t left = rows - r, many = left >= 6 && most >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         some_rows_of_group(kind, many, p, panel.row + r, &g, &span, is_first, panel.sums + r * GROUP);
         if (is_last && beside) sums_beside(beside, first + r, many, &low, low_sums);
         for (int64_t i = r; is_last && i < r + many; i++) {
