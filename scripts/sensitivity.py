@@ -1,15 +1,16 @@
 """How much each kind of layer loses as int8, and as bf16: one UNet call with only that kind rounded, against fp32.
 
     python scripts/sensitivity.py                       SD 1.5's size, random weights
-    python scripts/sensitivity.py --model mini --largest 64
+    python scripts/sensitivity.py --model mini --largest 127
     python scripts/sensitivity.py --pictures            dB of `mini`'s pictures in int8 and bf16 against fp32's, by the
                                                         same seeds
 
 Weights and inputs take the values that they have as int8 and are multiplied in fp32, so any processor
-can judge for any other; so it is with bf16, but for attention's own products. `--largest` is the largest weight: 64
-where there are no dot-product instructions, else 127. `FP32_NAMES` in tiler/models/unet.py are not in the table: they
-stay in fp32. Beside int8 so do the outermost blocks but for their transformers, whose row tells what they would lose;
-the last row is `--precision bf16`, which rounds all of the table. The whole UNet is in memory: 6 GB for SD 1.5.
+can judge for any other; so it is with bf16, but for attention's own products. `--largest` is the largest weight: 127
+where there are dot-product instructions; 0 takes weights as this processor multiplies them. `FP32_NAMES` in
+tiler/models/unet.py are not in the table: they stay in fp32. Beside int8 so do the outermost blocks but for their
+transformers, whose row tells what they would lose; the last row is `--precision bf16`, which rounds all of the table.
+The whole UNet is in memory: 6 GB for SD 1.5.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def compare_pictures(model: str, prompt: str | None, side: int, count: int) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder or `mini`; default: the generated sd15")
-    parser.add_argument("--largest", type=int, nargs="+", default=[64, 127])
+    parser.add_argument("--largest", type=int, nargs="+", default=[0, 127])
     parser.add_argument("--only", help="kinds that match this regular expression")
     parser.add_argument("--pictures", action="store_true", help="compare whole pictures instead")
     parser.add_argument("--prompt", help="for --pictures; default: the model's own, of which `mini` has 16")
@@ -141,7 +142,8 @@ def main() -> None:
     ]  # fmt: skip
     columns = [*args.largest, None]
     print(
-        f"{'kind':32} layers  share  " + "  ".join("       bf16" if n is None else f"weights ±{n:<3}" for n in columns)
+        f"{'kind':32} layers  share  "
+        + "  ".join("       bf16" if n is None else f"weights ±{n:<3}" if n else "   own form" for n in columns)
     )
     total = sum(m.weight.numel() for m in everything)
     both = [*everything, *groups["outermost, fp32 beside int8"]]
