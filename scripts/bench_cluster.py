@@ -52,7 +52,7 @@ def common(told: argparse.Namespace) -> list[object]:
     """Options of all renders."""
     return [
         "--model", told.model, "--size", told.size, "--steps", told.steps, "--seed", 7, "--precision", told.precision,
-        "--no-metadata", *["--quiet"] * (not told.canvas), *told.more,
+        "--guide-upscale", "pixel", "--no-metadata", *["--quiet"] * (not told.canvas), *told.more,
     ]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Each phase opens the weights it needs, works under the budget, and lets the weig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import replace
@@ -17,7 +18,7 @@ from tiler import denoiser, encoding, events, interrupts, packing, previewing, r
 from tiler.decoding.spool import Spool
 from tiler.denoiser import open_denoiser
 from tiler.diffusion import canvas
-from tiler.diffusion.guide_picture import GuidePicture
+from tiler.diffusion.guide_picture import GuidePicture, png_load_bytes
 from tiler.diffusion.layouts import Steps, region_span
 from tiler.diffusion.poster import load_bytes
 from tiler.diffusion.prompts import Prompts
@@ -89,7 +90,7 @@ def start(
         run.note(f"this model makes no picture that small: {width}×{height} is rendered, and its middle kept")
     if request.prompt is None and settings.prompt is not None and not request.regions:
         run.note(f"no prompt was given; this is the model's own: {settings.prompt}")
-    on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None)
+    on_prompts = notes_on_prompts(settings, family, has_guide=plan.guide is not None or plan.smaller is not None)
     on_loras = *notes_on_loras(settings, models, spoken.read_as), *models.loras.notes
     warning = memory_warning(budget.max_bytes, beside_bytes=budget.beside_bytes)
     slow = f"torch computes, not tiler's own kernels: {why}" if (why := library.fault_of_file()) else None
@@ -130,6 +131,9 @@ def make_plan(
         facts = measure(request.scratch_folder, picture)
         if path is not None and not whole:
             facts = replace(facts, guide_load_bytes=load_bytes(path))
+    if tiling.smaller is not None:
+        pixels = math.prod(tiling.smaller)
+        facts = replace(facts, guide_pixels=pixels, guide_load_bytes=png_load_bytes(pixels))
     if rss_bytes is not None:
         facts = replace(facts, rss_bytes=rss_bytes)
     if job is not None:  # the job's own files count as free space: they are replaced or reused
@@ -166,9 +170,9 @@ def prepare_weights(run: RenderRun) -> None:
 
 
 def load_guide(run: RenderRun) -> np.ndarray | None:
-    """The user's guide, (h, w, 3) uint8 sRGB, no larger than the canvas can use; None if there is none, or if a spot of
-    it is to be repainted."""
-    path = run.request.guide_image
+    """The user's guide or the smaller picture, (h, w, 3) uint8 sRGB, no larger than the canvas can use; None if there
+    is none, or if a spot of it is to be repainted."""
+    path = run.request.guide_image if run.plan.smaller is None else run.smaller_picture
     if path is None or run.plan.spot is not None or run.job.has_reference:
         return None
     with run.phase(Phase.LOAD_GUIDE, 1), GuidePicture(path, pixels_of(run.plan.canvas)) as picture:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from tiler import decode_run, encode_run, packing, phases, pixels, quantising, repainting, reports
+from tiler import decode_run, encode_run, packing, phases, pixels, progressive, quantising, repainting, reports
 from tiler.cluster import run as cluster
 from tiler.diffusion.poster import Poster
 from tiler.events import Event, OnEvent
@@ -45,9 +45,11 @@ def _ignore(event: Event) -> None:
 
 
 @torch.no_grad()
-def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore) -> Result:
-    """Render `request` into its output file under `budget` (default 800 MB of RSS). Raises TilerError."""
-    with budget or Budget() as budget, Job(request, on_event) as job:
+def render(
+    request: RenderRequest, budget: Budget | None = None, on_event: OnEvent = _ignore, *, inside: Job | None = None
+) -> Result:
+    """Render `request` under `budget` (default 800 MB of RSS), `inside` a larger one's job. Raises TilerError."""
+    with budget or Budget() as budget, Job(request, on_event, inside=inside) as job:
         cluster.prepare(request)
         run = phases.start(request, budget, on_event, job)
         run.plan.memory.check(advice=phases.advice(run))
@@ -60,6 +62,7 @@ def render(request: RenderRequest, budget: Budget | None = None, on_event: OnEve
             reports.begin_job(run)
             if job.is_finished:
                 return Result(output=run.request.output, report=reports.of_render(run))
+            progressive.render_first(run, render)
             with repainting.poster_of(run, run.request) as poster:
                 _paint(run, poster, workers)
         return Result(output=run.request.output, report=reports.of_render(run))
@@ -102,7 +105,7 @@ def plan(request: RenderRequest, budget: Budget | None = None, on_event: OnEvent
         outlook = None if speed is None else cluster.outlook(run, speed)
         return Planned(
             said=request, request=run.request, plan=run.plan, models=run.models, advice=phases.advice(run),
-            replan=partial(phases.replan, run), cluster=outlook, speed=speed,
+            replan=partial(phases.replan, run), cluster=outlook, speed=speed, smaller=progressive.plan_first(run, plan),
         )  # fmt: skip
 
 

@@ -98,6 +98,8 @@ def _reference_parts(
             previewing.learn(run.preview, spec.scale(unscaled), picture)
             box = (FACTOR * plan.guide.shown_height, FACTOR * plan.guide.shown_width)
         assert picture is not None
+        if plan.smaller is not None:  # nothing of it is cut off
+            box = plan.smaller
         encoder = plan.methods[name]
         pixels: Pixels
         if isinstance(picture, Poster):

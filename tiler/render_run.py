@@ -15,6 +15,8 @@ from tiler.errors import StorageError
 from tiler.events import Phase
 from tiler.files import make_own_folder
 from tiler.jobs.folder import Job
+from tiler.jobs.layout import SMALLER
+from tiler.jobs.temporary import own_folder
 from tiler.pixels import Decoding
 from tiler.previewing import Preview
 from tiler.request import RenderRequest
@@ -34,7 +36,13 @@ class RenderRun(DenoiserRun):
     is_alone: bool = False  # no worker was in the cluster when the canvas ended
     decoders: list[WorkerUse] = field(default_factory=list)  # those that decoded; their `tiles` are rows
     preview: Preview | None = None
+    first_peak_bytes: int = 0  # predicted for the picture that was rendered first
+    told: set[str] = field(default_factory=set)  # notes
     files: ExitStack = field(default_factory=ExitStack)  # open until the picture is written
+
+    def note(self, text: str) -> None:
+        self.told.add(text)
+        super().note(text)
 
     @cached_property
     def stored_folder(self) -> Path:
@@ -52,6 +60,17 @@ class RenderRun(DenoiserRun):
                 f"{place}: the canvas cannot be stored there ({error.strerror}); choose another --scratch"
             ) from error
         return folder
+
+    @cached_property
+    def smaller_picture(self) -> Path:
+        """The file for the picture that is rendered first: in the job, or, without a job, in a temporary folder. Raises
+        StorageError."""
+        if (path := self.job.smaller_picture) is not None:
+            return path
+        try:
+            return self.files.enter_context(own_folder("tiler-smaller-")) / SMALLER
+        except OSError as error:
+            raise StorageError(f"no temporary folder can be made ({error}); set TMPDIR") from error
 
     @cached_property
     def model_id(self) -> str:

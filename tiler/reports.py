@@ -35,7 +35,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
     """The report of a render."""
     request, plan, found = run.request, run.plan, run.plan.family.checkpoint
     counts = with_old_names(dict(run.counts))
-    return _common(run.budget, plan.memory.peak_bytes) | counts | {
+    return _common(run.budget, max(run.first_peak_bytes, plan.memory.peak_bytes)) | counts | {
         "tiles": len(plan.regions), "tile_batch": plan.batch, "precision": plan.precision.value,
         "tile_conditioning": request.tile_conditioning.value, "decode": plan.methods[Phase.DECODE].name,
         "decode_precision": plan.methods[Phase.DECODE].precision.value,

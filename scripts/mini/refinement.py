@@ -28,14 +28,16 @@ class Refined(NamedTuple):
 
 def compare_refined(model: Path, k: int, size: int, strength: float) -> Refined:
     """How much more power than a drawing of `size` there is in its 256-px view refined at `strength`, and in the same
-    view enlarged by Lanczos."""
+    view enlarged by Lanczos. It is refined as `render` does it: again at each doubling of its side."""
     scene = art.compose(_SEEDS + k)
     prompt = caption(scene, np.random.default_rng(k), keep=1.0)
     small = Image.fromarray(art.draw(scene, None, SIDE, SIDE).pixels)
     with tempfile.TemporaryDirectory() as folder:
         guide = Path(folder) / "guide.png"
         small.save(guide)
-        refined = rendered(model, prompt, size, size, k, guide_image=guide, strength=strength)
+        for side in (size >> n for n in reversed(range(int(np.log2(size / SIDE))))):
+            refined = rendered(model, prompt, side, side, k, guide_image=guide, strength=strength)
+            Image.fromarray(refined).save(guide)
     drawn = art.draw(scene, None, size, size).pixels
     lanczos = np.asarray(small.resize((size, size), Image.Resampling.LANCZOS))
     want, *found = (power(picture) for picture in (drawn, refined, lanczos))

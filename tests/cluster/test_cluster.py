@@ -102,6 +102,13 @@ def test_in_int8_and_with_a_lora_too(fleet: Fleet, tiny: Path, tmp_path: Path) -
     assert len(list((tmp_path / "packed").glob("*.safetensors"))) == 1, "all take the file that is there"
 
 
+def test_they_also_draw_the_smaller_pictures_that_come_first(fleet: Fleet, tiny: Path, tmp_path: Path) -> None:
+    values = {"guide": True, "guide_upscale": "progressive", "size": 176, "num_inference_steps": 2}
+    one, many = draw(tiny, tmp_path / "1", **values), draw(tiny, tmp_path / "2", **values, **fleet.through)
+    assert torch.equal(one.latents, many.latents) and one.picture == many.picture and many.workers
+    assert [phase["name"] for phase in many.report["phases"]].count("canvas") == 2
+
+
 def test_a_queue_draws_several_pictures_at_a_time(
     fleet: Fleet, tiny: Path, tmp_path: Path, alone: Drawn, in_process: Callable[..., Ran]
 ) -> None:

@@ -47,8 +47,8 @@ _GIVES_WAY: Mapping[str, tuple[str, ...]] = {
     "scale": ("paper", *_SIDES, "repaint"), "repaint": ("paper", *_SIDES, "scale", "guide_image"),
     "wrap": ("repaint",), "regions": ("repaint",), "canvas_prompt": ("repaint",),
     "num_inference_steps": ("preset",), "strength": ("preset",), "guidance_interval": ("preset",),
-    "layout": ("preset", "overlap", "regions", "repaint"), "overlap": ("layout",), "guide_upscale": ("guide_image",),
-    "decode": ("tiny_vae",), "tiny_vae": ("decode",),
+    "layout": ("preset", "overlap", "regions", "repaint"), "overlap": ("layout",),
+    "guide_upscale": ("guide_image", "preset"), "decode": ("tiny_vae",), "tiny_vae": ("decode",),
 }  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def command_of(
                 all_fields = {f.name: f.default for f in fields(request) if "option" in f.metadata}
                 found = repeat(
                     picture, layers.typed(context, given), all_fields, values.get("model_dirs", ()),
-                    by_preset=layers.replaced(context, "preset"),
+                    by_preset=layers.replaced(context, "preset"), repaints=values.get("repaint") is not None,
                 )  # fmt: skip
                 values |= found.values
                 if "seeds" in rest and layers.layer_of(context, "seeds") is not layers.Layer.TYPED:

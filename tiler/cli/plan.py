@@ -35,7 +35,8 @@ def run(
         planned = plan(request, budget, printer)
     facts = planned.facts()
     if not json_output:
-        _print(facts, planned.plan)
+        tight = next((one.plan for one in planned.pictures if not one.plan.memory.fits), planned.plan)
+        _print(facts, planned.plan, tight.memory)
     try:
         planned.check()
     except BudgetRefused as error:
@@ -45,19 +46,21 @@ def run(
         o.tell(facts)
 
 
-def _print(facts: dict[str, Any], plan: Any) -> None:
-    memory = plan.memory
-    said = f"predicted peak {format_mb(memory.peak_bytes)} of {format_mb(memory.max_bytes)}"
-    typer.echo(f"{'' if memory.fits else 'does not fit: '}{said}; smallest ceiling {_floor(memory.smallest_bytes)}")
+def _print(facts: dict[str, Any], plan: Any, memory: Any) -> None:
+    peak, smallest = facts["predicted_peak_bytes"], facts["smallest_max_ram_bytes"]
+    said = f"predicted peak {format_mb(peak)} of {format_mb(memory.max_bytes)}"
+    typer.echo(f"{'' if memory.fits else 'does not fit: '}{said}; smallest ceiling {_floor(smallest)}")
     if memory.fits:
         typer.echo(f"expected time on this machine: {_hours(facts)}")
     typer.echo()
     _say(f"canvas {facts['canvas']}, guide {_guide(facts)}, {_count(facts['tiles'], 'tile')}")
+    if smaller := facts["smaller"]:
+        _say(f"pictures that come first, each the guide of the next: {', '.join(smaller)}")
     if (box := facts["repaint"]) is not None:
         typer.echo(f"repainted: a part of the picture, starting at row {box['top']}, column {box['left']}")
     _say(
-        f"denoiser: {plan.precision} ({plan.precision_why}), {_count(plan.denoiser_samples, 'sample')}, {_tflop(facts)}, "
-        f"{_count(plan.denoiser_calls, 'read')} of the weights for {_count(plan.batch, 'sample')} each"
+        f"denoiser: {plan.precision} ({plan.precision_why}), {_count(facts['denoiser_samples'], 'sample')}, {_tflop(facts)}, "
+        f"{_count(facts['denoiser_calls'], 'read')} of the weights for {_count(plan.batch, 'sample')} each"
     )
     *encoders, denoiser = (f"{name} {nbytes / 1e9:.2g} GB" for name, nbytes in facts["read_bytes"].items())
     read = ", ".join(encoders) or "nothing for the prompts, which are encoded already"

@@ -45,12 +45,12 @@ class Repeated(NamedTuple):
 
 def repeat(
     picture: Path, typed: frozenset[str], defaults: Mapping[str, Any], model_dirs: Sequence[Path] = (), *,
-    by_preset: frozenset[str] = frozenset(),
+    by_preset: frozenset[str] = frozenset(), repaints: bool = False,
 ) -> Repeated:  # fmt: skip
     """The values that `picture` gives for the fields of a request that are not `typed`. A picture by tiler gives all of
     them: those that it does not mention have their `defaults`. Models are searched in `model_dirs` (--model-dir) and in
     the folders of the configuration. A note names the picture's values that a typed preset replaces, `by_preset`.
-    Raises UsageError, ModelError."""
+    `repaints`: a mask is typed. Raises UsageError, ModelError."""
     fields, notes = frozenset(defaults), list[str]()
     try:
         recipe = read_recipe(read_texts(picture))
@@ -95,9 +95,10 @@ def repeat(
         values["guidance_interval"] = tuple(interval)
     if "Hires upscale" in recipe.others:
         values |= {name: side for name, side in _size(picture).items() if name not in typed}
-    if values.get("paper") is not None or "repaint" in (*values, *typed):
+    repaints = repaints or "repaint" in values
+    if values.get("paper") is not None or repaints:
         values = {name: value for name, value in values.items() if name not in ("width", "height")}
-    if "repaint" in (*values, *typed):
+    if repaints:
         values.pop("layout", None)  # a spot's tiles always lie on a grid
     values = {name: value for name, value in values.items() if value is not None}
     if recipe.is_whole:

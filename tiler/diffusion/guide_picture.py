@@ -127,6 +127,11 @@ class GuidePicture:
         self._picture.close()
 
 
+def png_load_bytes(pixels: int) -> int:
+    """`GuidePicture.peak_bytes` of an RGB PNG no larger than the canvas, before it exists."""
+    return (3 + 4) * pixels + _STRIP_BYTES
+
+
 def size_of(path: Path) -> tuple[int, int]:
     """The width and height in pixels of a picture as displayed, read from its header alone. Raises UsageError."""
     with GuidePicture(path, (1, 1)) as picture:

@@ -3,6 +3,7 @@
 lock                    flock(2)
 job.json                manifest.py
 state-0, state-1        the newest states of a canvas, written in turn, so that one is always complete
+smaller.png             the picture that is rendered first (progressive.py); until it is finished, it has a job too
 reference.safetensors   the latents from which the canvas starts, once they exist
 spool/                  a decoder's saved passes; beside the scratch files if these are in another folder
 """
@@ -25,7 +26,7 @@ from tiler.errors import JobError, NameTaken, StorageError
 from tiler.events import Note, OnEvent, Saved, Tensors
 from tiler.jobs import layout, tensors
 from tiler.jobs import manifest as manifests
-from tiler.jobs.layout import LOCK, MANIFEST, REFERENCE, SLOTS, SPOOL, SUFFIX
+from tiler.jobs.layout import LOCK, MANIFEST, REFERENCE, SLOTS, SMALLER, SPOOL, SUFFIX
 from tiler.jobs.lock import Lock
 from tiler.jobs.manifest import Manifest
 from tiler.request import RenderRequest
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _EVERY = 60.0  # seconds between two saves
 _SHARE = 50  # times the duration of the last save: saving takes at most 2 % of the time
+_OF_SMALLER = " of a smaller picture"
 _LONGEST = 240  # bytes in a folder's name
 
 
@@ -61,15 +63,17 @@ class _Slot(NamedTuple):
 class Job:
     """The job of a run, as a context manager, and the `Journal` of the run. Entering it creates nothing: `begin` does
     that once it is certain that the render can run. On exit, the folder is removed if the picture is complete or
-    nothing was saved; otherwise a note on the error says where the folder is."""
+    nothing was saved; otherwise a note on the error says where the folder is, unless the job lies inside another."""
 
-    def __init__(self, request: RenderRequest, on_event: OnEvent = lambda event: None) -> None:
+    def __init__(
+        self, request: RenderRequest, on_event: OnEvent = lambda event: None, *, inside: Job | None = None
+    ) -> None:
         self.output = request.output or Path("tiler.png")
         self.folder = folder_of(self.output, request.job_dir)
         self.manifest: Manifest | None = None  # of the existing job, then of this one
         self.resumed = False
         self.facts: dict[str, str] = {}  # stored with each state
-        self._request, self._on_event = request, on_event
+        self._request, self._on_event, self._inside = request, on_event, inside
         self._lock, self._begun, self._number = Lock(self.folder / LOCK), False, 0
         self._due = time.monotonic() + _EVERY
         self._full = False  # whether the last save failed
@@ -107,7 +111,7 @@ class Job:
                     self._remove()
             elif not self._holds_work():
                 self._remove()
-            else:
+            elif self._inside is None:
                 error.add_note(self.how_to_continue())
         finally:
             self._lock.release()
@@ -175,7 +179,10 @@ class Job:
 
     def spool_folder(self, scratch: Path) -> Path:
         """The folder for the saved passes of a decoder whose scratch files are in `scratch`."""
-        if os.path.realpath(scratch) == os.path.realpath(self.folder.parent):
+        outermost = self
+        while outermost._inside is not None:
+            outermost = outermost._inside
+        if os.path.realpath(scratch) == os.path.realpath(outermost.folder.parent):
             return self.folder / SPOOL
         return scratch.absolute() / _name_elsewhere(self.folder)
 
@@ -194,6 +201,11 @@ class Job:
     def spool(self) -> Path | None:
         """The folder with the decoder's saved passes; None without a started job."""
         return _spool_of(self.folder, self.manifest) if self._begun and self.manifest is not None else None
+
+    @property
+    def smaller_picture(self) -> Path | None:
+        """The file for the picture that is rendered first; None without a started job."""
+        return self.folder / SMALLER if self._begun else None
 
     def clear_spool(self) -> None:
         """Delete the decoder's saved passes, which are no longer needed."""
@@ -279,6 +291,7 @@ class Job:
         self.manifest = None
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
+        _discard(folder_of(self.folder / SMALLER))
         self.clear_spool()
         self._clear_canvas()
         layout.remove(self.folder, keep)
@@ -288,7 +301,21 @@ class Job:
             stored_files.clear(canvas)
 
     def _holds_work(self) -> bool:
-        return any((self.folder / name).exists() for name in (*SLOTS, REFERENCE)) or self.has_reference
+        smaller = self.folder / SMALLER
+        known = (*(self.folder / name for name in (*SLOTS, REFERENCE)), smaller, folder_of(smaller))
+        return any(path.exists() for path in known) or self.has_reference
+
+
+def _discard(folder: Path) -> None:
+    """Remove the unfinished job of a smaller picture, and those inside it."""
+    if folder.is_dir():
+        _discard(folder_of(folder / SMALLER))
+        manifest = None
+        with suppress(JobError, StorageError):
+            manifest = manifests.read(folder / MANIFEST)
+        spools.clear(_spool_of(folder, manifest))
+        stored_files.clear(_canvas_of(folder, manifest))
+        layout.remove(folder)
 
 
 def _number_of(path: Path) -> int:
@@ -335,10 +362,17 @@ def newest_facts(folder: Path, manifest: Manifest | None) -> tuple[str, str]:
         for name in SLOTS
         if (number := (facts := tensors.read_facts(folder / name)).get("number", "")).isdecimal()
     ]
-    if not found:
-        return "", ""
-    _, where, path = max(found)
-    return where, _age(path)
+    if found:
+        _, where, path = max(found)
+        return where, _age(path)
+    smaller = folder / SMALLER
+    if smaller.exists():
+        return "the end of a smaller picture", _age(smaller)
+    if (inner := folder_of(smaller)).is_dir():
+        with suppress(JobError, StorageError):
+            where, age = newest_facts(inner, manifests.read(inner / MANIFEST))
+            return where and f"{where.removesuffix(_OF_SMALLER)}{_OF_SMALLER}", age
+    return "", ""
 
 
 def _age(path: Path) -> str:

@@ -10,6 +10,7 @@ from tiler.files import leftovers
 
 SUFFIX = ".tiler"
 MANIFEST, LOCK, REFERENCE, SPOOL = "job.json", "lock", "reference.safetensors", "spool"
+SMALLER = "smaller.png"  # the picture that is rendered first, beside its own job
 SLOTS = ("state-0.safetensors", "state-1.safetensors")
 
 
@@ -17,7 +18,7 @@ def remove(folder: Path, keep: tuple[str, ...] = ()) -> None:
     """Remove a job's files, except those in `keep`, and then the folder. Files of other origin stay, and the folder
     with them. The manifest is removed after all files except the lock, so that a partly removed folder can still be
     identified."""
-    for path in (*leftovers(folder), *(folder / name for name in (*SLOTS, REFERENCE, MANIFEST, LOCK))):
+    for path in (*leftovers(folder), *(folder / name for name in (*SLOTS, REFERENCE, SMALLER, MANIFEST, LOCK))):
         if path.name not in keep:
             with suppress(OSError):
                 os.unlink(path)

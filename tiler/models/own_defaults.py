@@ -16,6 +16,7 @@ _MAX_BYTES = 100_000
 _KEYS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str, list), "negative_prompt": (str,), "num_inference_steps": (int,), "guidance_scale": (int, float),
     "guidance_interval": (list,), "strength": (int, float), "scheduler": (str,), "layout": (str,),
+    "guide_upscale": (str,),
 }  # fmt: skip
 
 
@@ -45,8 +46,9 @@ def read_defaults(folder: Path) -> dict[str, Any]:
                 raise ModelError(f"{path}: {tag}: a model's own prompt names no LoRA; give it with --lora")
         if "scheduler" in said:
             said["scheduler"] = parse_scheduler(said["scheduler"])
-        if "layout" in said:
-            said["layout"] = RenderRequest(layout=said["layout"]).layout
+        for key in ("layout", "guide_upscale"):
+            if key in said:
+                said[key] = getattr(RenderRequest(**{key: said[key]}), key)
         RenderRequest(**{key: value for key, value in said.items() if key != "prompt"})
     except UsageError as error:
         raise ModelError(f"{path}: {error}") from error

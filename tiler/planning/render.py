@@ -334,7 +334,8 @@ def _plan_coding(
     if request.cluster is not None and parse_cluster(request.cluster).decodes:
         decoding = _beside_workers(decoding, methods[Phase.DECODE], decoder.spec, canvas)
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
-    if (guide is None and request.guide_image is None) or request.guide_upscale is not GuideUpscale.PIXEL:
+    has_picture = request.guide_image is not None or tiling.smaller is not None
+    if (guide is None and not has_picture) or request.guide_upscale is GuideUpscale.LATENT:
         return _Coding(methods, phases, whole)
     wanted = Decode.AUTO if request.decode is Decode.TINY else request.decode
     encoding = chosen.get(Phase.GUIDE_PICTURE, wanted)

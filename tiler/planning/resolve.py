@@ -15,13 +15,14 @@ from tiler.errors import UsageError
 from tiler.models.family import Family
 from tiler.models.lora_kinds import few_steps
 from tiler.models.own_defaults import read_defaults
-from tiler.request import MAX_SIDE, PRESETS, Decode, Layout, RenderRequest, ResolvedRequest, Scheduler
+from tiler.request import MAX_SIDE, PRESETS, Decode, GuideUpscale, Layout, RenderRequest, ResolvedRequest, Scheduler
 from tiler.request.loras import Lora
 from tiler.request.paper import parse_length, sheet_pixels
 
 _ROW: Mapping[str, Any] = {
     "num_inference_steps": 20, "guidance_scale": 7.5, "guidance_interval": (0.0, 1.0), "strength": 0.5,
     "scheduler": Scheduler.AUTO, "layout": Layout.GRID,
+    "guide_upscale": GuideUpscale.PIXEL,
 }  # fmt: skip
 
 
@@ -58,6 +59,8 @@ def fill(request: RenderRequest, defaults: Mapping[str, Any] = _ROW) -> Resolved
     stays = request.regions or request.repaint is not None  # the tiles under a mask are chosen once for all steps
     if "layout" in defaults and (stays or (request.overlap is not None and defaults["layout"] is Layout.SHIFT)):
         defaults["layout"] = Layout.GRID  # the model's layout is only a default; the options of this picture win
+    if request.guide_image is not None:
+        defaults["guide_upscale"] = GuideUpscale.PIXEL
     filled: dict[str, Any] = {"seed": secrets.randbelow(2**32), "output": Path("tiler.png")} | defaults | preset
     filled |= {name: value for name, value in said.items() if value is not None or name not in filled}
     if isinstance(prompts := filled["prompt"], tuple):

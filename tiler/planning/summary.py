@@ -13,7 +13,7 @@ from torch import nn
 from tiler.decoding import FACTOR
 from tiler.events import Phase
 from tiler.models.built import Models
-from tiler.models.family import Role
+from tiler.models.family import Family, Role
 from tiler.planning import time
 from tiler.planning.hints import hints
 from tiler.planning.render import RenderPlan
@@ -40,7 +40,8 @@ def summarise(
     replan: Callable[[ResolvedRequest], RenderPlan],
 ) -> dict[str, Any]:
     """The facts of `plan`, which is the plan of `request`; `said` is the request before its gaps were filled. `speed`
-    is this machine's, and `replan` plans other requests."""
+    is this machine's, and `replan` plans other requests. Work and time are also those of the smaller pictures that are
+    rendered first; all else is of this one."""
     counter, loras = time.Counter(models), time.LoraCounter(models, plan.precision, plan.batch)
     own_bytes = pass_bytes(models, plan)
 
@@ -48,22 +49,30 @@ def summarise(
         work = counter.count(tiling, asked.attention_window, time.Batches(by.guide_batch, by.batch))
         return work.plus(loras.count(tiling, asked.attention_window))
 
+    def seconds(asked: ResolvedRequest, tiling: Tiling, by: RenderPlan, of_pass: float) -> float:
+        """Those of all pictures; the autoencoder's are in proportion to their pixels."""
+        coding = time.seconds(time.Flops(0, 0), by.methods.values(), speed, by.precision, 0)
+        took = 0.0
+        for own, cut in _chain(asked, tiling, by.family):
+            nbytes = math.ceil(cut.denoiser_samples / by.batch) * of_pass
+            took += time.seconds(count(own, cut, by), (), speed, by.precision, nbytes)
+            took += coding * math.prod(cut.canvas) / math.prod(tiling.canvas)
+        return took
+
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
-        work, nbytes = count(asked, tiling), math.ceil(tiling.denoiser_samples / plan.batch) * own_bytes
-        took = time.seconds(work, plan.methods.values(), speed, plan.precision, nbytes)
+        pictures = _chain(asked, tiling, plan.family)
         return with_old_names(
             {
-                "denoiser_samples": tiling.denoiser_samples,
+                "denoiser_samples": sum(cut.denoiser_samples for _, cut in pictures),
                 "precision": plan.precision.value,
-                "denoiser_tflop": round(work.tflop, 3),
-                "expected_seconds": round(took),
+                "denoiser_tflop": round(sum(count(own, cut).tflop for own, cut in pictures), 3),
+                "expected_seconds": round(seconds(asked, tiling, plan, own_bytes)),
             }
         )
 
     def judge(asked: ResolvedRequest, other: RenderPlan, tiling: Tiling, share: float) -> float:
         of_pass = own_bytes if other is plan else pass_bytes(models, other)
-        nbytes = share * math.ceil(tiling.denoiser_samples / other.batch) * of_pass
-        return time.seconds(count(asked, tiling, other), other.methods.values(), speed, other.precision, nbytes)
+        return seconds(asked, tiling, other, share * of_pass)
 
     presets = {}
     for preset in Preset:
@@ -73,7 +82,7 @@ def summarise(
     facts = {
         "schema": SCHEMA,
         "canvas": f"{FACTOR * plan.canvas[1]}×{FACTOR * plan.canvas[0]}",
-        "guide": None if plan.guide is None else f"{FACTOR * plan.guide.width}×{FACTOR * plan.guide.height}",
+        "guide": guide_of(plan),
         "repaint": None if plan.spot is None else dict(zip(_BOX, plan.spot.box, strict=True)),
         "tiles": len(plan.regions),
         "samples_per_pass": plan.batch,
@@ -104,6 +113,21 @@ def summarise(
         ],
     }
     return with_old_names(facts)
+
+
+def _chain(asked: ResolvedRequest, tiling: Tiling, family: Family) -> list[tuple[ResolvedRequest, Tiling]]:
+    """A picture and those that are rendered first, with their tilings."""
+    found = [(asked, tiling)]
+    while (smaller := found[-1][1].smaller) is not None:
+        height, width = smaller
+        first = replace(asked, height=height, width=width, regions=())
+        found.append((first, plan_tiling(first, family)))
+    return found
+
+
+def guide_of(plan: RenderPlan) -> str | None:
+    """The guide's size in pixels; None without one."""
+    return None if plan.guide is None else f"{FACTOR * plan.guide.width}×{FACTOR * plan.guide.height}"
 
 
 def _pass(work: time.Flops, plan: RenderPlan, nbytes: int, speed: time.Speed) -> dict[str, Any]:

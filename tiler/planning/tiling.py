@@ -12,16 +12,18 @@ from tiler.diffusion import flow, schedulers
 from tiler.diffusion.calls import Calls
 from tiler.diffusion.canvas import first_step
 from tiler.diffusion.guide import GuideSize, guide_size
+from tiler.diffusion.guide_picture import MAX_GUIDE_PIXELS
 from tiler.diffusion.layouts import Steps, guide_tiles, latents_of, plan_tiles
 from tiler.diffusion.poster import mask_cells
 from tiler.diffusion.spot import Spot, find_spot
 from tiler.diffusion.tiles import Tiles, Whole
 from tiler.errors import UsageError
 from tiler.models.family import Family, Guidance
-from tiler.request import Layout, ResolvedRequest
+from tiler.request import GuideUpscale, Layout, ResolvedRequest
 from tiler.request.prompt import Stage
 from tiler.request.wording import Wording, canvas_conditions, guide_conditions
 
+_ROUNDING = 0.05  # doublings: a factor of 2.07 counts as 2, because sides are rounded
 SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draws nothing of use
 
 
@@ -33,6 +35,7 @@ class Tiling:
     canvas: tuple[int, int]
     crop: tuple[int, int]  # pixels: the picture's first row and column on the canvas
     guide: GuideSize | None
+    smaller: tuple[int, int] | None  # pixels of the picture that is rendered first and takes the guide's place
     regions: Tiles
     begin: int
     calls: Calls  # of the denoiser, in the complete schedule
@@ -91,7 +94,12 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     guide = None
     if wanted and tile != canvas:
         guide = guide_size(canvas, native, step, request.wrap.axes, family.traits.longest)
-    guided = guide is not None or request.guide_image is not None
+    is_drawn = guide is not None
+    smaller = None
+    if guide is not None and request.guide_upscale is GuideUpscale.PROGRESSIVE:
+        smaller = smaller_picture(canvas, guide, patch)
+    guide = guide if smaller is None else None
+    guided = is_drawn or request.guide_image is not None
     steps = request.num_inference_steps
     begin = first_step(steps, request.strength) if guided else 0
     choose = flow.choose if family.traits.flow else schedulers.choose
@@ -106,17 +114,34 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
         canvas=canvas,
         crop=crop,
         guide=guide,
+        smaller=smaller,
         regions=regions,
         begin=begin,
         calls=calls,
         guide_steps=guide_steps,
         canvas_steps=Steps(regions, request, numbers[calls.first_of(begin) :], last),
-        guide_wording=None if guide is None else Wording(guide_conditions(request), Stage(steps), unconditional),
+        guide_wording=None if not is_drawn else Wording(guide_conditions(request), Stage(steps), unconditional),
         canvas_wording=Wording(
-            canvas_conditions(request), Stage(steps - begin, 0 if guide is None else steps), unconditional
+            canvas_conditions(request), Stage(steps - begin, steps if is_drawn else 0), unconditional
         ),
         spot=spot,
     )
+
+
+def smaller_picture(canvas: tuple[int, int], guide: GuideSize, patch: int) -> tuple[int, int] | None:
+    """Height and width in pixels of the last of the pictures between a guide and a canvas, whose sides grow by an equal
+    factor of at most 2 from each to the next, or by more from the largest picture that can be a guide; None if one
+    factor reaches. This is the progressive upscaling of DemoFusion (Du et al. 2023, arXiv:2311.16973), in pixels."""
+    whole = math.sqrt(math.prod(canvas) / (guide.shown_height * guide.shown_width))
+    factor = whole ** (1 / max(1, math.ceil(math.log2(whole) - _ROUNDING)))
+    if factor == whole:
+        return None
+    least = math.sqrt(math.prod(pixels_of(canvas)) / MAX_GUIDE_PIXELS)
+    rounded = round if factor > least else math.floor
+    factor = max(factor, least)
+    step = FACTOR * patch  # a side that wraps is a multiple of it
+    height, width = (step * max(1, rounded(FACTOR * side / factor / step)) for side in canvas)
+    return height, width
 
 
 def pixels_of(sides: tuple[int, int]) -> tuple[int, int]:

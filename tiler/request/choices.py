@@ -85,11 +85,12 @@ class Layout(StrEnum):
 
 
 class GuideUpscale(StrEnum):
-    """How the guide is enlarged to the canvas: its latents by bicubic interpolation, or its picture by Lanczos and then
-    encoded."""
+    """How the guide is enlarged to the canvas: its latents by bicubic interpolation; its picture by Lanczos and then
+    encoded; or so in several steps, with a canvas denoised after each."""
 
     PIXEL = "pixel"
     LATENT = "latent"
+    PROGRESSIVE = "progressive"
 
 
 class Decode(StrEnum):
@@ -185,6 +186,7 @@ PRESETS: Mapping[Preset, Mapping[str, Any]] = {
     Preset.BALANCED: {"guidance_interval": (0.0, 0.6), "layout": Layout.SHIFT},
     Preset.FAST: {
         "num_inference_steps": 10, "strength": 0.4, "guidance_interval": (0.0, 0.5), "layout": Layout.SHIFT,
+        "guide_upscale": GuideUpscale.PIXEL,
     },
 }  # fmt: skip
 

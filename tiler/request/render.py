@@ -103,12 +103,8 @@ class RenderRequest(ModelOptions, ClusterOptions):
         ),
     )  # fmt: skip
     size: int | None = option(None, Option("Width and height in pixels.", Panel.PICTURE, ("--size",), default="2048"))
-    width: int | None = option(
-        None, Option("Width in pixels; overrides --size.", Panel.PICTURE, ("--width", "-W"))
-    )  # fmt: skip
-    height: int | None = option(
-        None, Option("Height in pixels; overrides --size.", Panel.PICTURE, ("--height", "-H"))
-    )  # fmt: skip
+    width: int | None = option(None, Option("Width in pixels; overrides --size.", Panel.PICTURE, ("--width", "-W")))
+    height: int | None = option(None, Option("Height in pixels; overrides --size.", Panel.PICTURE, ("--height", "-H")))
     paper: str | None = option(
         None,
         Option(
@@ -143,7 +139,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         None,
         Option(
             "quality: the model's defaults; balanced: --layout shift and guidance in 0-0.6 of the schedule; fast: also 10 steps, "
-            "strength 0.4 and guidance in 0-0.5. Options given beside a preset win.",
+            "strength 0.4, guidance in 0-0.5 and --guide-upscale pixel. Options given beside a preset win.",
             Panel.SAMPLING,
             ("--preset",),
             default="quality",
@@ -200,13 +196,15 @@ class RenderRequest(ModelOptions, ClusterOptions):
     scale: float | None = option(None, shared.SCALE)
     repaint: Path | None = option(None, shared.REPAINT)
     guide: bool = option(True, Option("Start the canvas from pure noise.", Panel.SAMPLING, ("--no-guide",), off=True))
-    guide_upscale: GuideUpscale = option(
-        GuideUpscale.PIXEL,
+    guide_upscale: GuideUpscale | None = option(
+        None,
         Option(
             "How the guide is enlarged to the canvas's size. pixel: decoded, resized, encoded; latent: only its latents are "
-            "resized, which is faster and rougher.",
+            "resized, which is faster and rougher; progressive: through smaller pictures, each the guide of one at most "
+            "twice as large, which keeps outlines and takes a third to a half longer.",
             Panel.SAMPLING,
             ("--guide-upscale",),
+            default="the model's, mostly pixel",
         ),
     )
     layout: Layout | None = option(
@@ -340,8 +338,10 @@ class RenderRequest(ModelOptions, ClusterOptions):
             )
         if self.layout is Layout.JITTER and self.regions:
             raise UsageError("--layout jitter moves the tiles of one prompt; leave out --regions")
-        if self.guide_image is not None and self.guide_upscale is GuideUpscale.LATENT:
-            raise UsageError("--guide-upscale latent is for the guide that tiler makes; leave it out with --guide")
+        if self.guide_image is not None and self.guide_upscale not in (None, GuideUpscale.PIXEL):
+            raise UsageError(
+                f"--guide-upscale {self.guide_upscale} is for the guide that tiler makes; leave it out with --guide"
+            )
         if self.guide_image is not None and not self.guide:
             raise UsageError("--guide does not go with --no-guide; give one of them")
 
@@ -366,6 +366,7 @@ class ResolvedRequest(RenderRequest):
     strength: float
     scheduler: Scheduler
     layout: Layout
+    guide_upscale: GuideUpscale
     output: Path
     preview_vae: str | None = None
 
