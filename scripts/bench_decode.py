@@ -34,10 +34,10 @@ from tiler import RenderRequest, render
 from tiler.compute.shapes import MetaMeter
 from tiler.decoding import exact, frozen
 from tiler.decoding import method as method
+from tiler.decoding.directions import DECODER
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import Pixels, strip_rows
 from tiler.decoding.scratch import Scratch, free_bytes
-from tiler.decoding.sources import latent_source
 from tiler.decoding.statistics import Frame
 from tiler.diffusion import guide
 from tiler.models import family as families
@@ -105,10 +105,10 @@ def work_factor(kind: VaeSpec, height: int, width: int) -> float:
         vae.decode(torch.empty(1, vae.config.latent_channels, height, width, device="meta"))
     whole = meter.flops
     vae = families.build_vae(kind)
-    stages = exact.decoder_stages(vae.decoder, vae.post_quant_conv)
+    stages = DECODER.stages(vae)
     with MetaMeter() as meter:
         latents = torch.empty(1, vae.config.latent_channels, height, width, device="meta")
-        for _ in exact.stream(stages, latent_source(latents), Frame(height, width), Scratch(None)):
+        for _ in exact.stream(stages, DECODER.source(latents), Frame(height, width), Scratch(None)):
             pass
     return meter.flops / whole
 

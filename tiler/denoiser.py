@@ -20,7 +20,7 @@ from tiler.diffusion.runner import Conditions, LocalRunner
 from tiler.events import Phase
 from tiler.memory.policy import at_layer
 from tiler.models.built import Models
-from tiler.models.family import Options, Part, Role
+from tiler.models.family import Options, Part, Role, VaeSpec
 from tiler.models.samples import Sample
 from tiler.planning.peaks import bf16_keys
 from tiler.planning.render import RenderPlan, build_schedule
@@ -83,9 +83,8 @@ def denoiser_id(models: Models) -> str:
     return own if not loras else f"{own}-{hashlib.sha256(repr(loras).encode()).hexdigest()[:16]}"
 
 
-def decoder_id(models: Models) -> str:
-    """Tells the weights and the config of what decodes the picture."""
-    spec = models.decoder
+def vae_id(spec: VaeSpec) -> str:
+    """Tells the weights and the config of an autoencoder."""
     return model_id(spec.checkpoint, [spec.part])
 
 

@@ -50,7 +50,7 @@ def render(
 ) -> Result:
     """Render `request` under `budget` (default 800 MB of RSS), `inside` a larger one's job. Raises TilerError."""
     with budget or Budget() as budget, Job(request, on_event, inside=inside) as job:
-        cluster.prepare(request)
+        cluster.wake(request)
         run = phases.start(request, budget, on_event, job)
         run.plan.memory.check(advice=phases.advice(run))
         workers = cluster.workers_of(run)
@@ -74,11 +74,11 @@ def _paint(run: RenderRun, poster: Poster | None, workers: AbstractContextManage
     phases.prepare_weights(run)
     with workers as greeted:
         prompts = phases.encode_prompts(run)
-        with greeted(prompts) as open_runner:
+        with greeted(prompts) as ready:
             guide = phases.make_guide(run, prompts)
-            reference = make_reference(run, poster if picture is None else picture, guide)
+            reference = make_reference(run, poster if picture is None else picture, guide, ready.encoders)
             del picture, guide
-            latents = phases.denoise_canvas(run, prompts, reference, open_runner)
+            latents = phases.denoise_canvas(run, prompts, reference, ready.open_runner)
             del prompts, reference
     run.prepared = None  # frees what the family made of the prompts
     phases.save_canvas(run, latents)

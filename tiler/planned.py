@@ -65,6 +65,7 @@ class Planned:
             facts["guide_image"] = {"path": str(guide), "width": width, "height": height}
         if self.cluster is not None:
             saved = self.cluster.alone_seconds - self.cluster.canvas_seconds
+            saved += self.cluster.encode_alone_seconds - self.cluster.encode_seconds
             saved += self.cluster.decode_alone_seconds - self.cluster.decode_seconds
             whole = max(0, round(facts["expected_seconds"] - saved))
             facts["cluster"] = self.cluster.facts() | {"expected_seconds": whole}

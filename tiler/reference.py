@@ -12,6 +12,7 @@ from torch import Tensor
 from tiler import interrupts, previewing
 from tiler.decoding import FACTOR, method
 from tiler.decoding.frozen import Part
+from tiler.decoding.lockstep import SlabsElsewhere
 from tiler.decoding.rows import Pixels
 from tiler.diffusion import guide, stored, stored_files
 from tiler.diffusion.poster import Poster
@@ -29,32 +30,35 @@ from tiler.request import GuideUpscale
 
 
 def make_reference(
-    run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None
-) -> Tensor | StoredArray | None:
+    run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None,
+    encoders: SlabsElsewhere | None = None,
+) -> Tensor | StoredArray | None:  # fmt: skip
     """The user's `picture`, or else the guide, as latents of the canvas's size, (1, C, H, W) fp32 scaled; None without
-    either. Only the part around the spot of a poster is encoded."""
+    either. Only the part around the spot of a poster is encoded. There may be others, `encoders`, that encode."""
     if run.plan.stored:
         assert not isinstance(picture, Poster)
-        return _stored_reference(run, picture, guide_latents)
+        return _stored_reference(run, picture, guide_latents, encoders)
     if run.job.has_reference:
         return run.job.load_reference()
     if guide_latents is None and picture is None:
         return None
-    (_, _, reference), *more = _reference_parts(run, picture, guide_latents)
+    (_, _, reference), *more = _reference_parts(run, picture, guide_latents, encoders)
     assert not more, "a canvas in memory has one part"
     run.job.save_reference(reference)
     run.job.clear_spool()
     return reference
 
 
-def _stored_reference(run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None) -> StoredArray | None:
+def _stored_reference(
+    run: RenderRun, picture: np.ndarray | None, guide_latents: Tensor | None, encoders: SlabsElsewhere | None
+) -> StoredArray | None:
     place = run.stored_folder / stored_files.REFERENCE
     if not place.exists():
         if guide_latents is None and picture is None:
             return None
         new = place.with_suffix(".new")
         with StoredArray(new, run.plan.shape, new=True) as array:
-            for top, left, part in _reference_parts(run, picture, guide_latents):
+            for top, left, part in _reference_parts(run, picture, guide_latents, encoders):
                 array.put(part, top, left)
             array.sync()
         new.replace(place)
@@ -63,7 +67,7 @@ def _stored_reference(run: RenderRun, picture: np.ndarray | None, guide_latents:
 
 
 def _reference_parts(
-    run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None
+    run: RenderRun, picture: np.ndarray | Poster | None, guide_latents: Tensor | None, encoders: SlabsElsewhere | None
 ) -> Iterator[Part]:
     request, plan = run.request, run.plan
     height, width = pixels_of(plan.canvas)
@@ -111,7 +115,7 @@ def _reference_parts(
         def progress(done: float) -> None:
             tell(decoded + (1 - decoded) * done)
 
-        held = dict[str, Any](check=check, progress=progress, spool=spool)
+        held = dict[str, Any](check=check, progress=progress, spool=spool, slabs=encoders)
         if not plan.stored:
             yield Part(0, 0, spec.scale(method.encode(encoder, vae, streamer, pixels, **held)))
             return

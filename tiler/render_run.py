@@ -35,6 +35,7 @@ class RenderRun(DenoiserRun):
     workers: list[WorkerUse] = field(default_factory=list)  # the cluster's workers that predicted tiles
     is_alone: bool = False  # no worker was in the cluster when the canvas ended
     decoders: list[WorkerUse] = field(default_factory=list)  # those that decoded; their `tiles` are rows
+    encoders: list[WorkerUse] = field(default_factory=list)  # those that encoded the guide's picture; also rows
     preview: Preview | None = None
     first_peak_bytes: int = 0  # predicted for the picture that was rendered first
     told: set[str] = field(default_factory=set)  # notes

@@ -41,6 +41,7 @@ def of_render(run: RenderRun) -> dict[str, Any]:
         "decode_precision": plan.methods[Phase.DECODE].precision.value,
         "seed": request.seed, "width": request.width, "height": request.height,
         "model": found.name, "revision": found.revision, "workers": [worker._asdict() for worker in run.workers],
+        "encoders": [{"name": e.name, "rows": e.tiles, **e._asdict()} for e in run.encoders],
         "decoders": [{"name": d.name, "rows": d.tiles, **d._asdict()} for d in run.decoders],
     }  # fmt: skip
 

@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import numpy as np
 import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from distributed.utils import LoopRunner
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.cluster.conftest import CEILING, Drawn, Fleet, draw, free_port, open_fleet, wait_for_port
@@ -32,6 +34,7 @@ from tiler import events, phases
 from tiler.cli import supervise
 from tiler.cluster import ceilings, slabs
 from tiler.cluster.engine import Engine
+from tiler.cluster.run import Greeted
 from tiler.cluster.shared import Estimate
 from tiler.cluster.status import workers
 from tiler.decoding import frozen, lockstep
@@ -251,7 +254,7 @@ def test_three_idle_workers_decode_slabs(
     decoded = many.report["decoders"]
     assert len(decoded) > 1 and sum(worker["rows"] for worker in decoded) == 512
     assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in decoded)
-    assert max(now + before for now, before in pairwise(held)) <= lockstep.held_bytes(4 * 4 * 64 * 64, 3)
+    assert max(now + before for now, before in pairwise(held)) <= lockstep.held_bytes(3)
     fleet.wait(lambda joined: joined == {"a", "b"})
 
 
@@ -284,7 +287,7 @@ def test_workers_of_a_render_that_listens_decode(
 ) -> None:
     """They come late: it does not ask for them before."""
     monkeypatch.setattr(
-        "tiler.cluster.run.workers_of", lambda run: nullcontext(lambda prompts: nullcontext(open_denoiser))
+        "tiler.cluster.run.workers_of", lambda run: nullcontext(lambda prompts: nullcontext(Greeted(open_denoiser)))
     )
     monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
     port = free_port()
@@ -315,6 +318,63 @@ def test_a_worker_that_is_killed_while_it_decodes_changes_no_byte(
     many = draw(Path("mini"), tmp_path, **LAYERS, **fleet.through)
     assert many.picture == whole.picture and f"worker {seen[0]} is gone" in many.notes
     assert any(note.startswith("fewer than two workers are ready") for note in many.notes)
+    fleet.start(seen[0])
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The options of a render that begins with a user's picture, enlarged."""
+    picture = tmp_path_factory.mktemp("guide") / "guide.png"
+    colours = np.random.default_rng(0).integers(0, 255, (20, 6, 3), np.uint8)
+    Image.fromarray(colours).resize((48, 160)).save(picture)
+    guide = {"guide": True, "guide_image": picture, "strength": 0.5, "num_inference_steps": 2}
+    return guide | {"size": None, "width": 96, "height": 512, "decode": Decode.EXACT}
+
+
+@pytest.fixture(scope="module")
+def guided_alone(tiny: Path, guided: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+    return draw(tiny, tmp_path_factory.mktemp("guided"), **guided)
+
+
+@pytest.fixture
+def worthwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers encode however slow they are at the moment."""
+    monkeypatch.setattr(slabs, "_WORTH", 0.0)
+    monkeypatch.setattr(slabs, "slab_seconds", lambda *asked: -60.0)
+
+
+def test_workers_encode_the_picture_of_the_guide_and_then_predict_tiles(
+    fleet: Fleet, tiny: Path, guided: dict[str, Any], guided_alone: Drawn, tmp_path: Path, worthwhile: None
+) -> None:
+    """Their denoisers are set aside meanwhile."""
+    many = draw(tiny, tmp_path, **guided, **fleet.through)
+    assert torch.equal(many.latents, guided_alone.latents) and many.picture == guided_alone.picture
+    encoded = many.report["encoders"]
+    assert not guided_alone.report["encoders"]
+    assert {worker["name"] for worker in encoded} == {"a", "b"}
+    assert all(100 < worker["rows"] < 400 for worker in encoded)
+    assert all(0 < worker["peak_rss_bytes"] < CEILING for worker in encoded)
+    assert many.workers and not [note for note in many.notes if "left out" in note]
+
+
+def test_a_worker_that_is_killed_while_it_encodes_changes_no_byte(
+    fleet: Fleet, tiny: Path, guided: dict[str, Any], guided_alone: Drawn, tmp_path: Path, worthwhile: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The other one, which had set its denoiser aside, predicts tiles."""
+    go_on, seen = slabs.Slabs.go_on, list[str]()
+
+    def killing(self: slabs.Slabs, orders: Sequence[Orders]) -> list[Report]:
+        seen.append(self._team[0].name)
+        if len(seen) == 10:  # of the passes
+            fleet.end(seen[0])
+        return go_on(self, orders)
+
+    monkeypatch.setattr(slabs.Slabs, "go_on", killing)
+    many = draw(tiny, tmp_path, **guided, **fleet.through)
+    assert torch.equal(many.latents, guided_alone.latents) and many.picture == guided_alone.picture
+    assert not many.report["encoders"] and set(many.workers) == {"a", "b"} - {seen[0]}
+    assert any(note.endswith("had a part of the picture; this process encodes alone") for note in many.notes)
     fleet.start(seen[0])
 
 
@@ -373,14 +433,15 @@ def test_a_plan_asks_the_workers_how_fast_they_would_be(
     assert facts["cluster"]["pair_seconds"] <= 2.001 * facts["cluster"]["canvas_seconds"]
 
 
-def test_a_plan_says_how_long_workers_would_decode(
+def test_a_plan_says_how_long_workers_would_encode_and_decode(
     fleet: Fleet, in_process: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = {name: Estimate(seconds=1e-6, instructions="x") for name in "ab"}
     monkeypatch.setattr("tiler.cluster.outlook._asked", lambda *asked: fast)
-    words = ("plan", "a boat", "--model", "mini", "--size", 2048, "--decode", "exact", "--no-guide", "--steps", 1)
+    words = ("plan", "a boat", "--model", "mini", "--size", 2048, "--decode", "exact", "--steps", 2)
     ran = in_process(*words, "--cluster", fleet.address, "--keys", fleet.keys)
-    assert re.search(r"; decoding 3 s, or \d+ (s|min)\b", " ".join(ran.out.split())), ran
+    said = r"; encoding the guide 1 s, or \d+ (s|min); decoding 3 s, or \d+ (s|min)\b"
+    assert re.search(said, " ".join(ran.out.split())), ran
 
 
 def test_a_plan_of_local_workers_tells_what_each_would_do(tiny: Path, in_process: Callable[..., Ran]) -> None:

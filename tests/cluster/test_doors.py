@@ -24,7 +24,7 @@ from tests.conftest import Ran
 from tiler import Budget, RenderRequest, interrupts
 from tiler.cli import supervise
 from tiler.cluster import bench as benches
-from tiler.cluster import ceilings, shared, tasks
+from tiler.cluster import ceilings, run, shared, tasks
 from tiler.cluster import engine as engines
 from tiler.cluster.bench import Bench
 from tiler.cluster.engine import Engine
@@ -319,6 +319,36 @@ def test_a_worker_imports_the_lean_torch_before_it_reads_a_job(job: SharedJob, m
     assert done == ["bench", "job"]
 
 
+def test_workers_import_torch_while_a_render_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that have joined; and a render that has a scheduler of its own has no workers yet."""
+    done, told = list[str](), list[str]()
+
+    class Connection:
+        def __init__(self, cluster: Cluster, keys: Path | None, *, insecure: bool) -> None:
+            assert cluster.address == "tcp://a:1" and insecure
+
+        def __enter__(self) -> Connection:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            told.append("closed")
+
+        def members(self) -> dict[str, str]:
+            return {"tcp://b:2": "b", "tcp://c:3": "c"}
+
+        def tell(self, address: str, task: Callable[[], None]) -> None:
+            told.append(address)
+            task()
+
+    monkeypatch.setattr("tiler.cluster.engine.Engine", Connection)
+    tasks.begin(lambda: done.append("bench") or Bench(Budget("1GB"), {}), 10**9)
+    for where in (None, "local:2", "listen"):
+        run.wake(RenderRequest(prompt="x", cluster=where, insecure=True))
+    assert not told and not tasks.has_worked()
+    run.wake(RenderRequest(prompt="x", cluster="tcp://a:1", insecure=True))
+    assert told == ["tcp://b:2", "tcp://c:3", "closed"] and done == ["bench"] and tasks.has_worked()
+
+
 def test_a_job_is_read_without_a_copy_of_the_whole(job: SharedJob) -> None:
     large = {text: Prompt(torch.rand(1, 1000, 1000), torch.rand(1, 10)) for text in ("a boat", None)}
     data = np.frombuffer(replace(job, texts=large).to_bytes(), np.uint8)
@@ -351,9 +381,9 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
         try:
             assert not decoder("a").refusal and not decoder("a").refusal and decoder("b").is_taken
             assert Greeting.from_json(
-                tasks.open_slabs(replace(job, name="b").to_bytes(), Decode.EXACT.value, (8, 8))
+                tasks.open_slabs(replace(job, name="b").to_bytes(), "decode", Decode.EXACT.value, (8, 8))
             ).is_taken
-            assert tasks.decode_slab("a", 0, Fetch()).is_closed, "it decodes bands"
+            assert tasks.run_slab("a", 0, Fetch()).is_closed, "it decodes bands"
             assert [one.is_open for one in opened] == [True]
             opened[0].is_under_way = True  # a slab: with it, all other slabs would be lost
             assert hello(job).is_taken and opened[0].is_open
@@ -364,6 +394,32 @@ def test_a_decoder_gives_way_to_a_canvas_and_stays_for_its_job(job: SharedJob, m
             assert not decoder("c").refusal
             tasks.close("c")
             assert not opened[-1].is_open
+        finally:
+            bench.close()
+
+
+def test_a_denoiser_is_set_aside_while_its_render_encodes(job: SharedJob, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = FakeDecoder.opened = list[FakeDecoder]()
+    monkeypatch.setattr("tiler.cluster.bench.SlabCoder", FakeDecoder)
+    family = families.open_family(ask(Path(job.request.model)))
+    tile = Tile(torch.ones(1, 4, 8, 8), plan_tiling(job.request, family).canvas_steps[0][0])
+
+    def encoder(canvas: str) -> Greeting:
+        sent = replace(job, name=f"encoder of {canvas}").to_bytes()
+        return Greeting.from_json(tasks.open_slabs(sent, "encode", Decode.EXACT.value, (8, 8), canvas))
+
+    with Budget(read_rss().now + 2_000_000_000) as budget:
+        bench = Bench(budget, {})
+        tasks.begin(lambda: bench, budget.max_bytes)
+        try:
+            assert not hello(job).refusal
+            before = tasks.predict("job", 0, [window_of(tile)], tile.latents.numpy())
+            assert encoder("another").is_taken and bench._streamer is not None
+            assert not encoder("job").refusal and bench._streamer is None and opened[0].is_open
+            after = tasks.predict("job", 0, [window_of(tile)], tile.latents.numpy())
+            assert before.predictions is not None and after.predictions is not None, after.error
+            assert np.array_equal(before.predictions, after.predictions) and not opened[0].is_open
+            assert not hello(replace(job, name="b")).refusal and encoder("job").is_taken, "another render works too"
         finally:
             bench.close()
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from tests.cluster.conftest import Answering
-from tiler.cluster import members, slabs, tasks
-from tiler.cluster.decoder import SlabDecoder
+from tiler.cluster import members, run, slabs, tasks
+from tiler.cluster.decoder import SlabCoder
 from tiler.cluster.engine import Arrived
 from tiler.cluster.members import Members
-from tiler.cluster.outlook import slab_seconds
 from tiler.cluster.shared import Greeting, SlabAnswer
-from tiler.cluster.slabs import SlabProbe, Team
+from tiler.cluster.slabs import SlabProbe, Team, slab_seconds
+from tiler.decoding.directions import DECODER, ENCODER
 from tiler.decoding.lockstep import Lost, SlabWork, orders_for
 from tiler.decoding.messages import Begin, Edge, Fetch, Orders, Packed, Piece, Report
 from tiler.decoding.statistics import Pooled
@@ -77,7 +77,7 @@ class Scheduler(Answering):
             said = Greeting(digest=self.digests.get(address, "same"), seconds=self.seconds.get(address, 1.0))
             self.say(said.to_json())
         else:
-            assert task is tasks.decode_slab
+            assert task is tasks.run_slab
             self.numbers.setdefault(address, []).append(arguments[1])
             answer = self.workers[address](arguments[2])
             if not isinstance(answer, Gone):
@@ -102,7 +102,7 @@ def team_of(
     scheduler: Scheduler, notes: list[str], speeds: dict[str, float] | None = None, seconds: float = 1.0
 ) -> Team:
     """A team for a process that takes so many `seconds` for what its workers do in one."""
-    work = SlabWork((100, 8), torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16), seconds, 20.0)
+    work = SlabWork(DECODER, (100, 8), torch.zeros(1, 4, 2, 2), torch.zeros(3, 16, 16), seconds, 20.0)
     who = Members(scheduler, SlabProbe(b"", "job", Decode.EXACT, work), notes.append, 0.0)
     who.digest = "same"
     return Team(who, "job", speeds or {}, work, 0.0, lambda: None, notes.append)
@@ -112,12 +112,10 @@ def rows_from(team: Team) -> list[float]:
     """The value of each row of the picture. Raises Lost."""
     found = team.gather(8)
     assert found is not None
-    reports = found.begin(
-        [Begin(n, found.shares, (1, 1, 0, 0), 0, np.empty(0), 1, None) for n in range(len(found.shares))]
-    )
+    reports = found.begin([Begin(n, found.shares, (1, 1, 0, 0), 1, None) for n in range(len(found.shares))])
     while not all(report.is_ready for report in reports):
         reports = found.go_on([Orders()] * len(reports))
-    return [float(row) for piece in found.pieces() for row in piece.pixels[0, :, 0]]
+    return [float(row) for piece in found.pieces() for row in piece.rows[0, :, 0]]
 
 
 def test_rows_come_in_order_while_others_compute_ahead() -> None:
@@ -152,7 +150,7 @@ BROKEN = Piece((4,), np.full((3, 4, 2), np.nan, np.float32), False)
         (0, SlabAnswer(None, 1.0, 0, "No space left"), "worker bad is left out: No space left"),
         (2, SlabAnswer(None, 1.0, 0, "it is busy", is_closed=True), ""),
         (2, ValueError("connection lost"), "worker bad is left out: ValueError: connection lost"),
-        (3, SlabAnswer(BROKEN, 1.0, 0), "worker bad is left out: NaN or Inf in the decoder"),
+        (3, SlabAnswer(BROKEN, 1.0, 0), "worker bad is left out: NaN or Inf in the autoencoder"),
     ],
 )
 def test_what_happens_to_one_ends_all(at: int, answer: SlabAnswer | BaseException, note: str) -> None:
@@ -282,10 +280,10 @@ def test_a_message_that_comes_twice_ends_the_slab() -> None:
         def close(self) -> None:
             Run.closed = True
 
-    decoder = SlabDecoder.__new__(SlabDecoder)
-    decoder._run, decoder._next = Run(), 4  # type: ignore[assignment]
-    assert decoder.decode(4, Fetch()) is BROKEN and decoder.decode(5, Fetch()) is BROKEN
-    assert decoder.decode(5, Fetch()) is None and decoder.decode(6, Fetch()) is None and Run.closed
+    coder = SlabCoder.__new__(SlabCoder)
+    coder._run, coder._next = Run(), 4  # type: ignore[assignment]
+    assert coder.run(4, Fetch()) is BROKEN and coder.run(5, Fetch()) is BROKEN
+    assert coder.run(5, Fetch()) is None and coder.run(6, Fetch()) is None and Run.closed
 
 
 def test_one_worker_is_too_few() -> None:
@@ -302,6 +300,29 @@ def test_slow_workers_do_not_decode() -> None:
     assert team_of(scheduler, notes, seconds=0.4).gather(8) is None
     assert "together no faster than this process" in notes[-1]
     assert team_of(scheduler, notes, seconds=0.6).gather(8) is not None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "workers", "waited"), [(1.0, 2, 9.0), (1.0, 4, 54.0), (0.02, 2, 0.0), (1.0, 1, 0.0)]
+)
+def test_nobody_waits_for_encoders_longer_than_they_would_save(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, workers: int, waited: float
+) -> None:
+    """They are still being greeted for the canvas."""
+    clock, notes = [0.0], list[str]()
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    canvas: Any = SimpleNamespace(
+        has_looked=True, count=workers, answered=lambda: {"a"}, awaited=lambda: {"b"} if workers > 1 else set()
+    )
+    render: Any = SimpleNamespace(budget=SimpleNamespace(check=lambda phase: None), note=notes.append)
+    work = SlabWork(ENCODER, (256, 256), torch.zeros(1), torch.zeros(1), seconds, 100.0)
+    with run._open_encoders(render, "", canvas, "job", work) as team:
+        assert team is None and clock[0] == pytest.approx(waited, abs=0.2)
+    assert notes == ["fewer than two workers are ready soon: this process encodes alone"]
 
 
 def test_a_plan_has_slabs_only_where_they_are_faster() -> None:

@@ -22,6 +22,7 @@ from tiler.compute.native_winograd import NativeWinograd
 from tiler.compute.stream import Streamer
 from tiler.decoding import attention, exact, frozen, scratch, work
 from tiler.decoding import method as method
+from tiler.decoding.directions import DECODER
 from tiler.decoding.method import ScratchSpace
 from tiler.decoding.rows import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
@@ -269,7 +270,7 @@ def test_progress_rises_with_the_work(tiny: Path, tmp_path: Path, monkeypatch: p
     # Checks and shares come in pairs: attention moves the bar by its share of the work.
     at = [shares[1 + i] for i, where in enumerate(wheres) if where == "decode.Attend"]
     monkeypatch.setattr(work, "ATTENTION", 0.0)
-    stages = exact.decoder_stages(vae.decoder, vae.post_quant_conv)
+    stages = DECODER.stages(vae)
     others = work.of_picture(stages, 90, 90)
     monkeypatch.undo()
     share = 1 - others / work.of_picture(stages, 90, 90)

@@ -107,8 +107,10 @@ def _cluster(facts: dict[str, Any]) -> Iterator[str]:
     able = [worker for worker in facts["workers"] if not worker["problem"]]
     if able:
         took = f"the canvas takes {_span(facts['canvas_seconds'])}, or {_span(facts['alone_seconds'])} without workers"
-        if facts["decode_seconds"] < facts["decode_alone_seconds"]:
-            took += f"; decoding {_span(facts['decode_seconds'])}, or {_span(facts['decode_alone_seconds'])}"
+        for what, name in (("encoding the guide", "encode"), ("decoding", "decode")):
+            together, alone = facts[f"{name}_seconds"], facts[f"{name}_alone_seconds"]
+            if together < alone:
+                took += f"; {what} {_span(together)}, or {_span(alone)}"
         yield f"cluster: {_hours(facts)} in all; {took}"
     else:
         yield "cluster: no worker can do this; after a minute, this process would continue alone"

@@ -1,4 +1,4 @@
-"""`tiler worker`: predict tiles and decode for renders on other machines."""
+"""`tiler worker`: predict tiles, encode and decode for renders on other machines."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def command(
             "--scratch",
             metavar="PATH",
             show_default=False,
-            help="Folder for scratch files while a picture is decoded, up to gigabytes. "
+            help="Folder for scratch files while a picture is encoded or decoded, up to gigabytes. "
             r"[dim]\[default: the render's if it is here, else ~/.cache/tiler][/dim]",
             rich_help_panel=Panel.MEMORY,
         ),
@@ -77,8 +77,8 @@ def command(
     insecure: o.Insecure = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Predict tiles and decode parts of pictures for the renders of other processes or machines, under a memory ceiling
-    of its own.
+    """Predict tiles, and encode and decode parts of pictures, for the renders of other processes or machines, under a
+    memory ceiling of its own.
 
     The weights are read from this machine's disk. The worker waits for work, and joins again if the connection is lost.
     It takes about 60 MB until its first job, and about 210 MB between two jobs, because torch stays loaded; when the

@@ -13,18 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tiler import phases
-from tiler.cluster.decoder import BandDecoder, SlabDecoder
-from tiler.cluster.shared import FORGOTTEN, BandPlace, Estimate, Greeting, SharedJob, Taken, Window, digest_of
+from tiler.cluster.decoder import BandDecoder, SlabCoder
+from tiler.cluster.shared import FORGOTTEN, BandPlace, Estimate, Greeting, SharedJob, Taken, Window, digest_of, tile_of
 from tiler.compute.cpu import computed_by
 from tiler.compute.stream import Streamer
+from tiler.decoding.directions import DIRECTIONS
 from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
 from tiler.denoiser import DenoiserRun, denoiser_id, open_weights, prepare_weights, runner_on
 from tiler.diffusion.prompts import Prompts
-from tiler.diffusion.runner import Runner, Tile
-from tiler.diffusion.tiles import Text2ImageRegion
+from tiler.diffusion.runner import Runner
 from tiler.errors import BudgetRefused, ClusterError, ModelError
 from tiler.memory import process
 from tiler.memory.budget import Budget, format_mb
@@ -57,11 +56,12 @@ class _Ahead(NamedTuple):
 
 @dataclass
 class _Open:
-    """An open job: its run, the runner that predicts its tiles, and the work done so far."""
+    """An open job: its run, the runner that predicts its tiles unless it was set aside, and the work done so far."""
 
     run: DenoiserRun
-    runner: Runner
+    prompts: Prompts
     prompt_bytes: int
+    runner: Runner | None = None
     digest: str = ""
     tiles: int = 0
     seconds: float = 0.0
@@ -73,7 +73,8 @@ class Bench:
     already entered. `scratch` is the folder of scratch files; None: the job's if it is here, else tiler's cache.
 
     Jobs that differ only in what they draw share one denoiser, so that the renders of a queue can take turns at a
-    worker. A decoder gives way to a canvas.
+    worker. A decoder gives way to a canvas. A denoiser is set aside while the same render's guide is encoded: then its
+    job stays open, and its weights are opened again for the next tile.
     """
 
     def __init__(self, budget: Budget, models: Mapping[str, str], scratch: Path | None = None) -> None:
@@ -83,8 +84,8 @@ class Bench:
         self._sets = 1  # of prompts like those of the first open job: the plan has room for so many
         self._streamer: Streamer | None = None
         self._ahead: _Ahead | None = None
-        self._decoder: BandDecoder | SlabDecoder | None = None
-        self._decoded = 0.0  # when it was used last
+        self._coder: BandDecoder | SlabCoder | None = None
+        self._coded = 0.0  # when it was used last
 
     @property
     def peak_rss_bytes(self) -> int:
@@ -101,16 +102,13 @@ class Bench:
 
     def close(self, name: str | None = None) -> None:
         """Close one job, or all if `name` is None; closing the last job also closes the denoiser."""
-        if self._decoder is not None and name in (None, self._decoder.job):
-            self._decoder.close()
-            self._decoder = None
+        if self._coder is not None and name in (None, self._coder.job):
+            self._close_coder()
         if self._ahead is not None and name in (None, self._ahead.job):
             self._ahead = None
         self.jobs = {} if name is None else {other: job for other, job in self.jobs.items() if other != name}
         if not self.jobs and self._ahead is None:
-            self._streamer = None
-            self._stack.close()
-            process.trim()
+            self._set_aside()
 
     @torch.no_grad()
     def open_ahead(self, job: SharedJob) -> None:
@@ -118,7 +116,7 @@ class Bench:
         Raises Taken if the jobs that are open leave no place for it, so that its prompts are not sent in vain, and
         TilerError."""
         self.forget()
-        if job.name in self.jobs or self._joined(job) or self._ahead is not None or self._decoder is not None:
+        if job.name in self.jobs or self._joined(job) or self._ahead is not None or self._coder is not None:
             return
         run = self._plan(job)
         self._open_weights(run)
@@ -152,16 +150,38 @@ class Bench:
         run = self._from_ahead(job)
         if run is None:
             self.forget()
-            if self._decoder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
-                if self._decoder.is_under_way and time.monotonic() - self._decoded < _KEPT:
+            if self._coder is not None:  # its coordinator can decode the rest; nobody waits for a canvas so long
+                if self._coder.is_under_way and time.monotonic() - self._coded < _KEPT:
                     raise Taken("it works for another render")
-                self.close(self._decoder.job)
+                self.close(self._coder.job)
             run = self._joined(job) or self._plan(job)
-        if self._streamer is None:
-            self._open_weights(run)
-        assert self._streamer is not None
-        runner = runner_on(self._streamer, run, Prompts(run.plan.family, job.texts))
-        self.jobs[job.name] = _Open(run, runner, bytes_of(job.texts))
+        opened = _Open(run, Prompts(run.plan.family, job.texts), bytes_of(job.texts))
+        self._take_up(opened)
+        self.jobs[job.name] = opened
+
+    def _take_up(self, opened: _Open) -> Runner:
+        """Return the runner of a job, on weights that are opened if they are not. Raises TilerError."""
+        if opened.runner is None:
+            if self._streamer is None:
+                self._close_coder()
+                self._open_weights(opened.run)
+            assert self._streamer is not None
+            opened.runner = runner_on(self._streamer, opened.run, opened.prompts)
+        return opened.runner
+
+    def _close_coder(self) -> None:
+        if self._coder is not None:
+            self._coder.close()
+            self._coder = None
+
+    def _set_aside(self) -> None:
+        """Close the denoiser, also one that was opened ahead, and keep the jobs that use it."""
+        self._ahead = None
+        for opened in self.jobs.values():
+            opened.runner = None
+        self._streamer = None
+        self._stack.close()
+        process.trim()
 
     def _joined(self, job: SharedJob) -> DenoiserRun | None:
         """Return a run of `job` on the denoiser of the jobs that are open, None if there are none. Raises Taken if it
@@ -178,7 +198,7 @@ class Bench:
 
     def forget(self) -> None:
         """Close what nobody has used for long."""
-        used = [self._decoded] * (self._decoder is not None) + [opened.used for opened in self.jobs.values()]
+        used = [self._coded] * (self._coder is not None) + [opened.used for opened in self.jobs.values()]
         used += [] if self._ahead is None else [self._ahead.opened]
         if all(time.monotonic() - when > FORGOTTEN for when in used):
             self.close()
@@ -186,21 +206,33 @@ class Bench:
     @torch.no_grad()
     def open_decoder(self, job: SharedJob, statistics_bytes: int, size: tuple[int, int]) -> None:
         """Open the decoder of a job for bands if this machine has nothing else to do. Raises TilerError."""
-        self._open_decoder(job, lambda here: BandDecoder(job, here, statistics_bytes, size, self._budget))
+        self._open_coder(job, lambda here: BandDecoder(job, here, statistics_bytes, size, self._budget))
 
     @torch.no_grad()
-    def open_slabs(self, job: SharedJob, method: str, size: tuple[int, int]) -> None:
-        """Open the decoder of a job for slabs if this machine has nothing else to do. Raises TilerError."""
-        self._open_decoder(job, lambda here: SlabDecoder(job, here, Decode(method), size, self._budget))
+    def open_slabs(self, job: SharedJob, direction: str, method: str, size: tuple[int, int], canvas: str) -> None:
+        """Open the autoencoder of a job for slabs if this machine has nothing else to do but the job named `canvas`,
+        which is set aside. Raises TilerError."""
 
-    def _open_decoder(self, job: SharedJob, opened: Callable[[ResolvedRequest], BandDecoder | SlabDecoder]) -> None:
+        def opened(here: ResolvedRequest) -> SlabCoder:
+            return SlabCoder(job, here, DIRECTIONS[direction], Decode(method), size, self._budget)
+
+        self._open_coder(job, opened, canvas)
+
+    def _open_coder(
+        self, job: SharedJob, opened: Callable[[ResolvedRequest], BandDecoder | SlabCoder], canvas: str = ""
+    ) -> None:
         self.forget()
-        if self._decoder is None or self._decoder.job != job.name:
-            if self.jobs or self._decoder is not None:
+        if self._coder is None or self._coder.job != job.name:
+            if self.jobs.keys() - {canvas} or self._coder is not None:
                 raise Taken("it works for another render")
-            self.close()  # what was opened ahead
-            self._decoder = opened(self._of_here(job))
-        self._decoded = time.monotonic()
+            self._set_aside()
+            self._coder = opened(self._of_here(job))
+        self._used_coder()
+
+    def _used_coder(self) -> None:
+        self._coded = time.monotonic()
+        for opened in self.jobs.values():  # set aside
+            opened.used = self._coded
 
     def _greeting(self, digest: str, seconds: float) -> Greeting:
         return Greeting(
@@ -212,41 +244,41 @@ class Bench:
     def greet_decoder(self, job: str, statistics: bytes, latents: np.ndarray) -> Greeting:
         """Give the open decoder its statistics, and return a greeting with the digest of the pixels of a few latents.
         Raises TilerError."""
-        if not isinstance(self._decoder, BandDecoder) or self._decoder.job != job:
+        if not isinstance(self._coder, BandDecoder) or self._coder.job != job:
             raise Taken("it works for another render")
-        self._decoded, start = time.monotonic(), time.perf_counter()
-        digest = digest_of(self._decoder.probe(statistics, latents))
+        self._coded, start = time.monotonic(), time.perf_counter()
+        digest = digest_of(self._coder.probe(statistics, latents))
         return self._greeting(digest, time.perf_counter() - start)
 
     @torch.no_grad()
-    def greet_slabs(self, job: str, latents: np.ndarray) -> Greeting:
-        """Return a greeting with the digest of the pixels of a few latents. Raises TilerError."""
-        if not isinstance(self._decoder, SlabDecoder) or self._decoder.job != job:
+    def greet_slabs(self, job: str, small: np.ndarray) -> Greeting:
+        """Return a greeting with the digest of what the corner of a picture becomes. Raises TilerError."""
+        if not isinstance(self._coder, SlabCoder) or self._coder.job != job:
             raise Taken("it works for another render")
-        self._decoded = time.monotonic()
-        pixels, seconds = self._decoder.probe(latents)
-        return self._greeting(digest_of(pixels), seconds)
+        self._coded = time.monotonic()
+        result, seconds = self._coder.probe(small)
+        return self._greeting(digest_of(result), seconds)
 
     @torch.no_grad()
     def decode(self, job: str, place: BandPlace, row: int, columns: np.ndarray | None) -> np.ndarray | None:
         """The next rows of a band, (3, n, w) fp32. None if its latents must be sent, or the job is not open. Raises
         TilerError."""
-        if not isinstance(self._decoder, BandDecoder) or self._decoder.job != job:
+        if not isinstance(self._coder, BandDecoder) or self._coder.job != job:
             return None
-        rows = self._decoder.decode(place, row, columns)
+        rows = self._coder.decode(place, row, columns)
         self._budget.check("decode")
-        self._decoded = time.monotonic()
+        self._coded = time.monotonic()
         return rows
 
     @torch.no_grad()
-    def decode_slab(self, job: str, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
+    def run_slab(self, job: str, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
         """Do what comes next for a slab, of which this is the message `number`. None if the job or its slab is not
         open. Raises TilerError."""
-        if not isinstance(self._decoder, SlabDecoder) or self._decoder.job != job:
+        if not isinstance(self._coder, SlabCoder) or self._coder.job != job:
             return None
-        told = self._decoder.decode(number, asked)
-        self._budget.check("decode")
-        self._decoded = time.monotonic()
+        told = self._coder.run(number, asked)
+        self._budget.check("slabs")
+        self._used_coder()
         return told
 
     def _beside(self, begun: DenoiserRun, job: SharedJob) -> DenoiserRun:
@@ -265,7 +297,7 @@ class Bench:
     def assess(self, job: SharedJob) -> Estimate:
         """Estimate how fast this machine would work on a job, from a speed measurement of half a second. Raises
         TilerError."""
-        if self.jobs or self._ahead is not None or self._decoder is not None:
+        if self.jobs or self._ahead is not None or self._coder is not None:
             raise Taken("it works for another render")
         run = self._plan(job)
         stored, _ = run.weights[run.plan.family.part(Role.DENOISER).name]
@@ -339,18 +371,11 @@ class Bench:
         """Return the guided predictions, (n, C, h, w) fp32, for `latents`, (n, C, h, w) fp32. Raises TilerError."""
         start, opened = time.perf_counter(), self.jobs[job]
         tiles = [tile_of(window, torch.from_numpy(one)) for window, one in zip(windows, latents, strict=True)]
-        predictions = torch.stack(list(opened.runner.predict(step, tiles)))
+        predictions = torch.stack(list(self._take_up(opened).predict(step, tiles)))
         self._budget.check("cluster")
         opened.tiles, opened.seconds = opened.tiles + len(tiles), opened.seconds + time.perf_counter() - start
         opened.used = time.monotonic()
         return predictions.numpy()
-
-
-def tile_of(window: Window, latents: Tensor) -> Tile:
-    """Return `latents` (C, h, w) as a tile of the canvas. It has no weights, since only the blend needs them."""
-    names = [field.name for field in fields(Text2ImageRegion) if field.name != "weights"]
-    region = Text2ImageRegion(**dict(zip(names, window, strict=True)), weights=torch.empty(0))
-    return Tile(latents[None], region)
 
 
 def bytes_of(texts: Mapping[str | None, Prompt]) -> int:

@@ -1,5 +1,5 @@
-"""The worker's side of decoding: bands or slabs of a picture, by an autoencoder that is open under the worker's own
-ceiling. This module imports torch, so a worker imports it late."""
+"""The worker's side of decoding and encoding: bands or slabs of a picture, by an autoencoder that is open under the
+worker's own ceiling. This module imports torch, so a worker imports it late."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from tiler import phases
 from tiler.cluster.shared import BandPlace, SharedJob
 from tiler.decoding import frozen, held, lockstep
 from tiler.decoding.apart import ANSWER_BYTES, PIECE_BYTES, Band
+from tiler.decoding.directions import DECODER, Direction
 from tiler.decoding.lockstep import EDGE_BYTES
 from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
 from tiler.decoding.method import DTYPES, ScratchSpace
 from tiler.decoding.rows import Stage, decoder_stages
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.slabs import SlabRun
-from tiler.denoiser import decoder_id
+from tiler.denoiser import vae_id
 from tiler.errors import BudgetRefused, ClusterError
 from tiler.memory.budget import Budget, format_mb
 from tiler.memory.policy import at_rows
@@ -48,32 +49,32 @@ class Columns:
         return whole
 
 
-class Decoder:
-    """The autoencoder of a job, opened under the ceiling to decode at most `size` latents, (height, width), by
-    `method`. `own_bytes` are what this process holds beside. Raises TilerError."""
+class Coder:
+    """The autoencoder of a job, opened under the ceiling for at most `size` latents, (height, width), in a `direction`
+    by `method`. This process holds `copies` of these beside, and `own_bytes`. Raises TilerError."""
 
     def __init__(
-        self, job: SharedJob, request: ResolvedRequest, method: Decode, size: tuple[int, int], own_bytes: int,
-        budget: Budget,
+        self, job: SharedJob, request: ResolvedRequest, direction: Direction, method: Decode, size: tuple[int, int],
+        copies: int, own_bytes: int, budget: Budget,
     ) -> None:  # fmt: skip
         self.job = job.name
         models = phases.open_models(families.open_family(request, reads_text=False))
-        spec = models.decoder
-        if (found := decoder_id(models)) != job.model_id:
-            raise ClusterError(f"{request.model} has another decoder here (its id is {found}, not {job.model_id})")
+        spec = models.family.autoencoder
+        if (found := vae_id(spec)) != job.model_id:
+            raise ClusterError(f"{request.model} has another autoencoder here (its id is {found}, not {job.model_id})")
         self._vae = models.vae(spec)
         facts = measure(request.scratch_folder)
         precision = choose_decode_precision(request.decode_precision, Precision.FP32, bf16=facts.arithmetic.bf16)
-        own = own_bytes + 8 * spec.config["latent_channels"] * size[0] * size[1]  # as they came, and as they are read
+        own = own_bytes + copies * 4 * spec.config["latent_channels"] * size[0] * size[1]
         space = ScratchSpace(request.scratch_folder, facts.scratch_free_bytes, request.scratch_dtype)
         _, plan, resident = plan_decode(
             models, size, facts, budget.max_bytes - own, decode=method, precision=precision, space=space,
-            wrap=Wrap.NONE,
+            wrap=Wrap.NONE, encoding=direction is not DECODER,
         )  # fmt: skip
         if not plan.fits:
             raise BudgetRefused(
-                f"its ceiling of {format_mb(budget.max_bytes)} is too low to decode; the smallest --max-ram that works is "
-                f"{replace(plan, smallest_bytes=plan.smallest_bytes + own).smallest_text}"
+                f"its ceiling of {format_mb(budget.max_bytes)} is too low to {direction.name}; the smallest --max-ram that "
+                f"works is {replace(plan, smallest_bytes=plan.smallest_bytes + own).smallest_text}"
             )
         self._check = at_rows(budget, plan.peak_bytes + own)
         self._stack = ExitStack()
@@ -84,22 +85,23 @@ class Decoder:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether others wait for what it decodes."""
+        """Whether others wait for what it has."""
         return False
 
     def close(self) -> None:
         self._stack.close()
 
 
-class BandDecoder(Decoder):
+class BandDecoder(Coder):
     """For bands of a picture with `statistics_bytes` of held statistics: the band under way. `size` is that of its
     largest band in latents, (height, width). Raises TilerError."""
 
     def __init__(
         self, job: SharedJob, request: ResolvedRequest, statistics_bytes: int, size: tuple[int, int], budget: Budget
     ) -> None:
-        # The statistics, and an answer: its strips, joined, and sent.
-        super().__init__(job, request, Decode.FROZEN, size, statistics_bytes + 3 * ANSWER_BYTES, budget)
+        # The latents as they came and as they are read; the statistics, and an answer: its strips, joined, and sent.
+        own = statistics_bytes + 3 * ANSWER_BYTES
+        super().__init__(job, request, DECODER, Decode.FROZEN, size, 2, own, budget)
         self._statistics = b""
         self._strips: Iterator[Tensor] = iter(())
         self._at: tuple[int, int] | None = None  # band, and the row of pixels that comes next
@@ -134,15 +136,18 @@ class BandDecoder(Decoder):
         return rows.numpy()
 
 
-class SlabDecoder(Decoder):
-    """For slabs of a picture, decoded by `method`: the slab under way. `size` is that of the largest slab in latents,
-    (height, width). Raises TilerError."""
+class SlabCoder(Coder):
+    """For slabs of a picture, decoded or encoded by `method`: the slab under way. `size` is that of the largest slab in
+    latents, (height, width). Raises TilerError."""
 
     def __init__(
-        self, job: SharedJob, request: ResolvedRequest, method: Decode, size: tuple[int, int], budget: Budget
-    ) -> None:
+        self, job: SharedJob, request: ResolvedRequest, direction: Direction, method: Decode, size: tuple[int, int],
+        budget: Budget,
+    ) -> None:  # fmt: skip
         # The rows for and from other slabs, or an answer: its strips, joined, and sent.
-        super().__init__(job, request, method, size, max(2 * EDGE_BYTES, 3 * ANSWER_BYTES), budget)
+        own = max(2 * EDGE_BYTES, 3 * ANSWER_BYTES)
+        super().__init__(job, request, direction, method, size, 0, own, budget)
+        self._direction = direction
         self._space = request.scratch_folder, DTYPES[request.scratch_dtype]
         self._run: SlabRun | None = None
         self._next = 0  # the number of the message that comes next
@@ -157,21 +162,23 @@ class SlabDecoder(Decoder):
             self._run.close()
             self._run = None
 
-    def probe(self, latents: np.ndarray) -> tuple[np.ndarray, float]:
-        """Decode a few latents, (1, C, h, w), as a picture of their own → (3, 8h, 8w) fp32, and the seconds it took."""
-        some, hold = torch.from_numpy(latents.copy()), self._streamer.hold_transformed
-        pixels, seconds = lockstep.probe(self._vae, some, Scratch(*self._space), hold, self._check)
-        return pixels.numpy(), seconds
+    def probe(self, small: np.ndarray) -> tuple[np.ndarray, float]:
+        """Decode or encode the corner of a picture as a picture of its own → (C, h, w) fp32, and the seconds it
+        took."""
+        some, hold = torch.from_numpy(small.copy()), self._streamer.hold_transformed
+        scratch = Scratch(*self._space)
+        result, seconds = lockstep.probe(self._direction, self._vae, some, scratch, hold, self._check)
+        return result.numpy(), seconds
 
-    def decode(self, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
+    def run(self, number: int, asked: Begin | Orders | Fetch) -> Report | Piece | None:
         """Do what comes next for the slab under way. None if there is none, or if the message with this `number` is not
         the one that follows, which an engine that runs a task twice would cause. Raises TilerError."""
         try:
             if isinstance(asked, Begin):
                 self._end()
-                hold = self._streamer.hold_transformed
-                scratch = Scratch(*self._space)
-                self._run, self._next = SlabRun(self._vae, scratch, asked, hold=hold, check=self._check), 1
+                hold, scratch = self._streamer.hold_transformed, Scratch(*self._space)
+                self._run = SlabRun(self._direction, self._vae, scratch, asked, hold=hold, check=self._check)
+                self._next = 1
                 return self._run.go_on()
             if self._run is None or number != self._next:
                 self._end()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +61,15 @@ class Members:
     """The workers known to a render. `patience` is the time in seconds to wait for a first or another worker; None
     waits forever. If the scheduler does not answer, the wait is longer. `running` returns the worker processes that are
     alive, if no others can join. At most `most` of those that are neither left out nor taken are greeted; a worker that
-    does not answer within `at_most` seconds counts as taken."""
+    does not answer within `at_most` seconds counts as taken. `among` are the addresses of those that may be greeted,
+    which the user has been told of; None for all."""
 
     def __init__(
         self, engine: Engine, probe: Asked, note: Callable[[str], None], patience: float | None,
         running: Callable[[], list[Popen[bytes]]] | None = None, most: int | None = None, at_most: float | None = None,
+        among: Container[str] | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self._most, self._at_most = engine, most, at_most
+        self.engine, self._most, self._at_most, self._among = engine, most, at_most, among
         self.probe, self._note, self._patience, self._running = probe, note, patience, running
         self._requests = probe.requests
         self._members: dict[str, Member] = {}
@@ -111,6 +113,26 @@ class Members:
             for m in self.ready()
             if m.greeting is not None
         )  # fmt: skip
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether it is known who is there. Other threads may ask for it."""
+        return self._looked > 0
+
+    @property
+    def count(self) -> int:
+        """The number of workers that have come and were not left out. Other threads may ask for it."""
+        return sum(not m.is_out for m in list(self._members.values()))
+
+    def answered(self) -> set[str]:
+        """Return the addresses of the workers that have answered all first requests. Other threads may call this."""
+        return {m.address for m in list(self._members.values()) if m.greeting is not None and not m.is_out}
+
+    def awaited(self) -> set[str]:
+        """Return the addresses of the workers that have not answered all first requests yet, unless other renders have
+        them. Other threads may call this."""
+        found = [m for m in list(self._members.values()) if m.greeting is None and not m.is_out]
+        return {m.address for m in found if m.address not in self._again}
 
     def ready(self) -> list[Member]:
         """Return the workers that may receive tasks."""
@@ -170,13 +192,14 @@ class Members:
         self._next_turn()
         if now - self._looked < _LOOK_EVERY:
             return []
-        self._looked = now
         present = self.engine.members()
         if present is None and not self._is_lost:
             self._note("the scheduler does not answer: waiting for it")
         if self._is_lost and present is not None:  # workers reconnect after the scheduler does
             self._deserted_since = now
         self._is_lost, present = present is None, present or {}
+        if self._among is not None:
+            present = {address: name for address, name in present.items() if address in self._among}
         gone = [m for address, m in self._members.items() if address not in present]
         for member in gone:
             del self._members[member.address]
@@ -195,6 +218,7 @@ class Members:
                 member = self._members[address] = Member(address, name)
                 self._reaching[self.engine.reach(address)] = member
                 self._news = now
+        self._looked = now
         self._has_unasked = any(address not in self._members for address in present)
         for address in [address for address, when in self._again.items() if when <= now]:
             if not self._are_enough:
@@ -280,7 +304,8 @@ class Members:
         if greeting.is_taken:
             if member.address not in self._taken:
                 self._taken.add(member.address)
-                self._note(f"worker {member.name} works for another render: it is asked again")
+                if self._among is None:
+                    self._note(f"worker {member.name} works for another render: it is asked again")
             self._again[member.address] = time.monotonic() + _AGAIN
             return True
         if greeting.refusal:
@@ -327,7 +352,7 @@ class Members:
                 member, "its processor computes other bits than the others', and the picture would not be the same"
             )
             return
-        if member.tiles:  # it comes back from another render
+        if member.tiles or self._among is not None:  # it comes back from another render, or is known
             return
         ceiling = format_mb(member.greeting.max_ram_bytes)
         self._note(f"worker {member.name} has joined: {member.pace.seconds(1):.1f} s a tile, ceiling {ceiling}")

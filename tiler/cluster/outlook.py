@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,8 +14,9 @@ from tiler.cluster.engine import Engine
 from tiler.cluster.shared import Estimate, SharedJob
 from tiler.cluster.sharing import Pace
 from tiler.cluster.simulation import Forecast, simulate
-from tiler.decoding.apart import DECODERS
-from tiler.decoding.lockstep import FEWEST, slabs_in
+from tiler.cluster.slabs import DECODING, ENCODING, slab_seconds
+from tiler.decoding.lockstep import slabs_in
+from tiler.decoding.method import DecodePlan
 from tiler.errors import ClusterError
 from tiler.events import Phase
 from tiler.planning.summary import seconds_per_tile
@@ -27,8 +27,6 @@ from tiler.request.cluster import Cluster, Where
 _JOINING = 15.0  # seconds in which workers that look for a scheduler may join
 _LAST = 7.0  # seconds after the last worker joined: each retries every 5
 _ANSWER = 60.0  # seconds for their estimates
-# Decoding in slabs: the work of all and their waiting for each other, over one process's; seconds until all are ready
-_TOGETHER, _GATHERING = 1.2, 3.0
 _TASKS = 20_000  # in a simulation: further steps take as long as the simulated ones
 
 
@@ -47,12 +45,14 @@ class Expected:
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
     """The time of the canvas in seconds with these workers, of two such canvases at once, and with this process alone;
-    and that of decoding with them and alone."""
+    and that of encoding the guide's picture, and of decoding, with them and alone."""
 
     workers: tuple[Expected, ...]
     canvas_seconds: float
     pair_seconds: float
     alone_seconds: float
+    encode_seconds: float
+    encode_alone_seconds: float
     decode_seconds: float
     decode_alone_seconds: float
 
@@ -71,37 +71,33 @@ def look(run: RenderRun, cluster: Cluster, speed: Speed) -> Outlook:
     able = [name for name, estimate in found.items() if not estimate.refusal]
     tiles, steps = len(plan.regions), len(plan.canvas_steps)
     alone = here * sum(map(len, plan.canvas_steps))
-    method = plan.methods[Phase.DECODE]
-    height, decoding = plan.canvas[0] + 2 * method.margin[0], coding_seconds(method, speed)
+    decoder, encoder = plan.methods[Phase.DECODE], plan.methods.get(Phase.GUIDE_PICTURE)
+    decoding, encoding = (0.0 if method is None else coding_seconds(method, speed) for method in (decoder, encoder))
     if not able or not steps:
         return Outlook(
             workers=tuple(Expected(name=name, problem=found[name].refusal) for name in found),
             canvas_seconds=alone, pair_seconds=2 * alone, alone_seconds=alone,
+            encode_seconds=encoding, encode_alone_seconds=encoding,
             decode_seconds=decoding, decode_alone_seconds=decoding,
         )  # fmt: skip
     fleet = [Pace.expected(found[name].seconds, found[name].tiles) for name in able]
     simulated = max(1, min(steps, _TASKS // max(1, tiles)))
     one, two = (simulate(fleet, tiles, simulated, canvases) for canvases in (1, 2))
     scale = steps / simulated
+    speeds = [here / found[name].seconds for name in able]
+
+    def together(method: DecodePlan | None, seconds: float, costs: tuple[float, float]) -> float:
+        if method is None or not (cluster.decodes and method.by_layers):
+            return seconds
+        return slab_seconds(seconds, slabs_in(plan.canvas[0] + 2 * method.margin[0]), speeds, costs)
+
     return Outlook(
         workers=tuple(_expected(name, found[name], able, one, scale) for name in found),
         canvas_seconds=one.seconds * scale, pair_seconds=two.seconds * scale, alone_seconds=alone,
-        decode_seconds=(
-            slab_seconds(decoding, slabs_in(height), [here / found[name].seconds for name in able])
-            if cluster.decodes and method.by_layers
-            else decoding
-        ),
+        encode_seconds=together(encoder, encoding, ENCODING), encode_alone_seconds=encoding,
+        decode_seconds=together(decoder, decoding, DECODING),
         decode_alone_seconds=decoding,
     )  # fmt: skip
-
-
-def slab_seconds(alone: float, most: int, speeds: Sequence[float]) -> float:
-    """The time of decoding in at most `most` slabs by workers of these speeds, as multiples of this process's, which
-    takes `alone` seconds and decodes if they are not faster. Bands are not estimated."""
-    slabs = min(len(speeds), DECODERS, most)
-    if slabs < FEWEST:
-        return alone
-    return min(alone, _GATHERING + _TOGETHER * alone / sum(sorted(speeds, reverse=True)[:slabs]))
 
 
 def _expected(name: str, estimate: Estimate, able: list[str], forecast: Forecast, scale: float) -> Expected:

@@ -1,19 +1,21 @@
-"""The part of a render that --cluster adds: the runner of the canvas, open while the canvas is denoised."""
+"""The part of a render that --cluster adds: the runner of the canvas, open while the canvas is denoised, and workers
+that encode the guide's picture and decode the canvas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from tiler import events, interrupts
 from tiler.cluster.shared import SharedJob, digest_of
 from tiler.decoding.apart import DECODERS, Apart, Work
-from tiler.decoding.lockstep import SlabWork, Team
+from tiler.decoding.lockstep import FEWEST, SlabsElsewhere, SlabWork, Team, slabs_in
 from tiler.decoding.method import Others
 from tiler.denoiser import open_denoiser
 from tiler.diffusion.prompts import Prompts
@@ -28,6 +30,7 @@ from tiler.planning.time import Speed
 from tiler.render_run import RenderRun
 from tiler.request import Decode, RenderRequest
 from tiler.request.cluster import Cluster, Where, parse_cluster
+from tiler.run import WorkerUse
 
 if TYPE_CHECKING:
     from subprocess import Popen
@@ -44,6 +47,8 @@ _GREETING = 45.0  # seconds in which a worker opens the decoder, if it has nothi
 _RETURNING = 45.0  # the same for workers that have lost the canvas's scheduler, and look for it less and less often
 _SETTLING = 2.0  # seconds that others have to get ready once some can decode
 _JOINING = 12.0  # the same for workers that look for this process's scheduler
+_LOOK = 0.1  # seconds until a signal is noticed
+_FIRST = 1.0  # the most seconds until it is known who is there
 _CLOSING = 2.0  # seconds that the end of a render waits for the scheduler's answer to an earlier request
 
 
@@ -55,7 +60,28 @@ def prepare(request: RenderRequest) -> None:
         engine.security_of(request.keys)
 
 
-Workers = Callable[[Prompts], AbstractContextManager[OpenRunner]]
+def wake(request: RenderRequest) -> None:
+    """Prepare, and have workers that have joined a scheduler elsewhere import torch, while this process does so and
+    plans. Nobody waits for them. Raises ClusterError, UsageError."""
+    prepare(request)
+    if request.cluster is None or (cluster := parse_cluster(request.cluster)).where in (Where.LOCAL, Where.LISTEN):
+        return
+    from tiler.cluster import tasks
+    from tiler.cluster.engine import Engine
+
+    with interrupts.deferred(), Engine(cluster, request.keys, insecure=request.insecure) as engine:
+        for address in engine.members() or {}:
+            engine.tell(address, tasks.wake)
+
+
+class Greeted(NamedTuple):
+    """What opens the runner of the canvas, and the workers that encode the guide's picture, if any may."""
+
+    open_runner: OpenRunner
+    encoders: SlabsElsewhere | None = None
+
+
+Workers = Callable[[Prompts], AbstractContextManager[Greeted]]
 """Takes the encoded prompts; in its context workers are greeted, until the runner is opened."""
 
 
@@ -63,13 +89,13 @@ def workers_of(run: RenderRun) -> AbstractContextManager[Workers]:
     """Return a context for all phases up to the canvas, which leads to the opener of the canvas's runner: this process,
     or the requested cluster. Raises BudgetRefused if too little memory is left for the workers."""
     if run.request.cluster is None:
-        return nullcontext(lambda prompts: nullcontext(open_denoiser))
+        return nullcontext(lambda prompts: nullcontext(Greeted(open_denoiser)))
     cluster = parse_cluster(run.request.cluster)
     if cluster.where is Where.LOCAL:
         from tiler.cluster.ceilings import share_of
 
         opener = partial(_open_local, cluster, share_of(run, cluster.workers))
-        return nullcontext(lambda prompts: nullcontext(opener))
+        return nullcontext(lambda prompts: nullcontext(Greeted(opener)))
     return _joined(cluster, run)
 
 
@@ -108,7 +134,7 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
     from tiler.cluster.engine import Engine
 
     if run.job.resumed or not len(run.plan.canvas_steps):  # perhaps nothing is left to denoise
-        yield lambda prompts: nullcontext(partial(_open_joined, cluster))
+        yield lambda prompts: nullcontext(Greeted(partial(_open_joined, cluster)))
         return
     opening = SharedJob.of(run, {})
 
@@ -130,10 +156,10 @@ def _joined(cluster: Cluster, run: RenderRun) -> Iterator[Workers]:
             return _members_of(run, replace(opening, texts=prompts.encoded), engine, notes)
 
         @contextmanager
-        def greeted(prompts: Prompts) -> Iterator[OpenRunner]:
+        def greeted(prompts: Prompts) -> Iterator[Greeted]:
             members = members_of(prompts)
             early.greet(members)
-            yield partial(opened, members)
+            yield Greeted(partial(opened, members), partial(_open_encoders, run, engine.address, members, opening.name))
 
         @contextmanager
         def opened(members: Members, run: RenderRun, prompts: Prompts) -> Iterator[Runner]:
@@ -243,8 +269,9 @@ def decoders_of(run: RenderRun) -> Others | None:
 def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart | None]:
     from tiler.cluster.bands import BandProbe, Bands
 
-    job = SharedJob.of_decoder(run)
-    with _open_decoders(cluster, run, job.name, BandProbe(job.to_bytes(), job.name, work), work.probe) as members:
+    job = SharedJob.of_coder(run)
+    asked = BandProbe(job.to_bytes(), job.name, work)
+    with _open_coders(cluster, run, job.name, asked, work.probe, "decodes", run.decoders) as members:
         check = partial(run.budget.check, Phase.DECODE)
         yield None if members is None else Bands(members, job.name, work, check)
 
@@ -253,21 +280,70 @@ def _open_bands(cluster: Cluster, run: RenderRun, work: Work) -> Iterator[Apart 
 def _open_slabs(cluster: Cluster, run: RenderRun, work: SlabWork) -> Iterator[Team | None]:
     from tiler.cluster import slabs
 
-    job = SharedJob.of_decoder(run)
+    job = SharedJob.of_coder(run)
     asked = slabs.SlabProbe(job.to_bytes(), job.name, run.plan.methods[Phase.DECODE].kind, work)
     speeds = {use.name: use.tiles / use.seconds for use in run.workers if use.seconds}
     grace = _JOINING if cluster.where is Where.LISTEN else _SETTLING
-    with _open_decoders(cluster, run, job.name, asked, work.probe) as members:
+    with _open_coders(cluster, run, job.name, asked, work.probe, "decodes", run.decoders) as members:
         check = partial(run.budget.check, Phase.DECODE)
         yield None if members is None else slabs.Team(members, job.name, speeds, work, grace, check, run.note)
 
 
 @contextmanager
-def _open_decoders(
-    cluster: Cluster, run: RenderRun, name: str, asked: Asked, probe: torch.Tensor
-) -> Iterator[Members | None]:
-    """Greet workers that are to decode, whose bits must be those of `probe`; None if no scheduler answers, or if nobody
-    was there at the end of the canvas."""
+def _open_encoders(
+    run: RenderRun, scheduler: str, canvas: Members, canvas_job: str, work: SlabWork
+) -> Iterator[Team | None]:
+    """The workers that have been greeted for the `canvas`, whose job they have open. Nobody waits for them longer than
+    they would save."""
+    from tiler.cluster import slabs
+
+    check = partial(run.budget.check, Phase.GUIDE_PICTURE)
+    alone, begin = work.seconds * work.probes, time.monotonic()
+
+    def left() -> float:
+        """The seconds that are left of those that they would save."""
+        speeds = [1.0] * canvas.count
+        together = slabs.slab_seconds(alone, slabs_in(work.size[0]), speeds, slabs.ENCODING)
+        return alone - together - (time.monotonic() - begin)
+
+    ready = _wait_for(canvas, left, check)
+    if len(ready) < FEWEST or left() <= 0:
+        if canvas.count and alone > slabs.ENCODING[1]:
+            run.note("fewer than two workers are ready soon: this process encodes alone")
+        yield None
+        return
+    # Another connection: the answers of this one belong to the thread that greets workers for the canvas.
+    cluster, job = Cluster(where=Where.CONNECT, address=scheduler), SharedJob.of_coder(run)
+    method = run.plan.methods[Phase.GUIDE_PICTURE].kind
+    asked = slabs.SlabProbe(job.to_bytes(), job.name, method, work, canvas_job)
+    with _open_coders(cluster, run, job.name, asked, work.probe, "encodes", run.encoders, ready) as members:
+        at_most = left() + slabs.ENCODING[1]  # which are not left
+        yield None if members is None else slabs.Team(members, job.name, {}, work, 0.0, check, run.note, at_most)
+
+
+def _wait_for(canvas: Members, left: Callable[[], float], check: Callable[[], None]) -> set[str]:
+    """Return the addresses of the workers that have been greeted, and wait for others that are being greeted, as long
+    as any time is `left`, and less once there are enough."""
+    begin = since = time.monotonic()
+    while True:
+        ready, now = canvas.answered(), time.monotonic()
+        if len(ready) < FEWEST:
+            since = now
+        is_over = left() <= 0 or not canvas.awaited() if canvas.has_looked else now - begin >= _FIRST
+        if is_over or now - since >= _SETTLING:
+            return ready
+        check()
+        time.sleep(_LOOK)
+
+
+@contextmanager
+def _open_coders(
+    cluster: Cluster, run: RenderRun, name: str, asked: Asked, probe: torch.Tensor, does: str, uses: list[WorkerUse],
+    among: Container[str] | None = None,
+) -> Iterator[Members | None]:  # fmt: skip
+    """Greet workers that are to decode or encode, whose bits must be those of `probe`; None if no scheduler answers, or
+    if nobody was there at the end of the canvas. `uses` receives their work. `among` are the addresses of those that
+    may, which the user knows of; None for all."""
     if run.is_alone:
         yield None
         return
@@ -279,16 +355,18 @@ def _open_decoders(
         try:
             engine = stack.enter_context(Engine(cluster, run.request.keys, insecure=run.request.insecure))
         except ClusterError as error:
-            run.note(f"{error}; this process decodes alone")
+            run.note(f"{error}; this process {does} alone")
             yield None
             return
         patience = _RETURNING if cluster.where is Where.LISTEN and run.workers else _DECODING_PATIENCE
-        members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING)
+        if among is not None:
+            patience = 0.0
+        members = Members(engine, asked, run.note, patience, most=DECODERS, at_most=_GREETING, among=among)
         members.digest = digest_of(probe.numpy())
         try:
             yield members
         finally:
-            run.decoders = members.uses()
+            uses[:] = members.uses()
             for address in members.greeted():
                 engine.tell(address, tasks.close, name)
 

@@ -17,6 +17,7 @@ from tiler.version import versions as installed
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from tiler.decoding.messages import Piece, Report
     from tiler.diffusion.runner import Tile
@@ -43,6 +44,18 @@ def window_of(tile: Tile) -> Window:
     """Return the window of a tile as plain numbers. The weights stay here, since only the blend needs them."""
     region = tile.region
     return tuple(getattr(region, field.name) for field in fields(region) if field.name != "weights")
+
+
+def tile_of(window: Window, latents: Tensor) -> Tile:
+    """Return `latents` (C, h, w) as the tile of a window. It has no weights."""
+    import torch
+
+    from tiler.diffusion.runner import Tile
+    from tiler.diffusion.tiles import Text2ImageRegion
+
+    names = [field.name for field in fields(Text2ImageRegion) if field.name != "weights"]
+    region = Text2ImageRegion(**dict(zip(names, window, strict=True)), weights=torch.empty(0))
+    return Tile(latents[None], region)
 
 
 class Taken(ClusterError):
@@ -80,15 +93,13 @@ class SharedJob:
         )  # fmt: skip
 
     @classmethod
-    def of_decoder(cls, run: RenderRun) -> SharedJob:
-        """The job of a render's decoding, in the precision that its plan chose."""
-        from tiler.denoiser import decoder_id
+    def of_coder(cls, run: RenderRun) -> SharedJob:
+        """The job of a render's decoding or encoding, in the precision that its plan chose."""
+        from tiler.denoiser import vae_id
         from tiler.request import DecodePrecision
 
-        precision = DecodePrecision(run.plan.decode_precision)
-        return replace(
-            cls.of(run, {}), request=replace(run.request, decode_precision=precision), model_id=decoder_id(run.models)
-        )
+        request = replace(run.request, decode_precision=DecodePrecision(run.plan.decode_precision))
+        return replace(cls.of(run, {}), request=request, model_id=vae_id(run.plan.family.autoencoder))
 
     def to_bytes(self) -> bytes:
         from safetensors.torch import save

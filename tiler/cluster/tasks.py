@@ -48,6 +48,13 @@ def has_worked() -> bool:
     return _Desk.bench is not None
 
 
+def wake() -> None:
+    """Import what jobs need, which takes seconds."""
+    with _Desk.lock:
+        if _Desk.opener is not None:
+            _Desk.bench = _Desk.bench or _Desk.opener()
+
+
 def open_ahead(job: bytes) -> str:
     """Open the denoiser of a job without its prompts, if this worker has nothing else to do. Returns a Greeting without
     a digest, as JSON."""
@@ -77,15 +84,17 @@ def hello_decoder(job: str, statistics: np.ndarray, latents: np.ndarray) -> str:
     return _said(job, lambda bench: bench.greet_decoder(job, statistics.tobytes(), latents))
 
 
-def open_slabs(job: bytes, method: str, size: tuple[int, int]) -> str:
-    """Open the job's decoder for slabs of at most `size` latents, decoded by `method`, if this machine has nothing else
-    to do. Returns a Greeting without a digest, as JSON."""
-    return _opened(job, lambda bench, shared: bench.open_slabs(shared, method, size))
+def open_slabs(job: bytes, direction: str, method: str, size: tuple[int, int], canvas: str = "") -> str:
+    """Open the job's autoencoder for slabs of at most `size` latents, coded in a `direction` by `method`, if this
+    machine has nothing else to do but the same render's job named `canvas`. Returns a Greeting without a digest, as
+    JSON."""
+    return _opened(job, lambda bench, shared: bench.open_slabs(shared, direction, method, size, canvas))
 
 
-def hello_slabs(job: str, latents: np.ndarray) -> str:
-    """Decode a few latents, (1, C, h, w), with the open decoder of the job named `job`. Returns a Greeting as JSON."""
-    return _said(job, lambda bench: bench.greet_slabs(job, latents))
+def hello_slabs(job: str, small: np.ndarray) -> str:
+    """Decode or encode the corner of a picture with the open autoencoder of the job named `job`. Returns a Greeting as
+    JSON."""
+    return _said(job, lambda bench: bench.greet_slabs(job, small))
 
 
 def _opened(job: bytes | memoryview, open_it: Callable[[Bench, SharedJob], None]) -> str:
@@ -161,12 +170,12 @@ def decode(job: str, place: BandPlace, row: int, columns: np.ndarray | None) -> 
         return Answer(rows, time.perf_counter() - start, bench.peak_rss_bytes)
 
 
-def decode_slab(job: str, number: int, asked: Begin | Orders | Fetch) -> SlabAnswer:
+def run_slab(job: str, number: int, asked: Begin | Orders | Fetch) -> SlabAnswer:
     """Do what comes next for the slab of the job named `job`: it gets messages from the `number` 0 on."""
     with _Desk.lock:
         start, bench = time.perf_counter(), _Desk.bench
         try:
-            told = None if bench is None else bench.decode_slab(job, number, asked)
+            told = None if bench is None else bench.run_slab(job, number, asked)
         except Exception as error:
             return SlabAnswer(None, time.perf_counter() - start, 0, _explained(error))
         if bench is None or told is None:

@@ -15,27 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tiler.decoding import FACTOR
 from tiler.decoding.attention import QUERIES, Attend, keys_and_values_of, spacing
+from tiler.decoding.directions import DECODER, ENCODER, Direction
 from tiler.decoding.messages import Orders, Report
-from tiler.decoding.rows import (
-    Conv,
-    Down,
-    Latents,
-    MidAttention,
-    Norm,
-    Pixels,
-    Resnet,
-    Stage,
-    Up,
-    decoder_stages,
-    encoder_stages,
-    means,
-    strip_rows,
-    to_tensor,
-)
+from tiler.decoding.rows import Conv, Down, Latents, MidAttention, Norm, Pixels, Resnet, Stage, Up
 from tiler.decoding.scratch import STRIP_BYTES, Rows, Scratch
-from tiler.decoding.sources import Source, latent_source
+from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame, Pooled
 from tiler.decoding.work import of_attention, of_conv, of_picture, of_stage, of_weights, telling, through
 
@@ -273,9 +258,10 @@ def layers_of(chain: list[Stage]) -> nn.ModuleList:
     return nn.ModuleList(found)
 
 
-def decode(
+def run(
+    direction: Direction,
     vae: AutoencoderKL,
-    latents: Latents,
+    picture: Latents | Pixels,
     scratch: Scratch,
     *,
     hold: Hold,
@@ -284,39 +270,27 @@ def decode(
     margin: tuple[int, int] = (0, 0),
     attend_to: int | None = None,
 ) -> Generator[Tensor]:
-    """latents: (1, C, h, w) fp32, divided by scaling_factor → strips (3, n, 8w) fp32 in about [-1, 1], top first.
+    """Decode latents, (1, C, h, w) fp32 divided by scaling_factor, into strips (3, n, 8w) fp32 in about [-1, 1]; or
+    encode pixels, (H, W, 3) uint8 with sides that are multiples of FACTOR, into strips (C, n, w) fp32 of the
+    posterior's mean, unscaled. Top first.
 
     `margin` is the number of latents above and below, and left and right, that repeat the opposite side. Attention sees
     at most `attend_to` evenly spaced tokens. Raises StorageError, and NumericalError for NaN and Inf.
     """
-    stages = decoder_stages(vae.decoder, vae.post_quant_conv)
-    frame = Frame(latents.shape[2], latents.shape[3], *margin)
-    source = latent_source(latents)
+    stages, frame = direction.stages(vae), direction.frame(picture, margin)
     check = telling(check, scratch, of_picture(stages, frame.height, frame.width, attend_to), progress)
     with scratch:
-        yield from stream(stages, source, frame, scratch, hold=hold, check=check, attend_to=attend_to)
+        strips = stream(
+            stages, direction.source(picture), frame, scratch, hold=hold, check=check, attend_to=attend_to
+        )  # fmt: skip
+        yield from map(direction.result, strips)
 
 
-def encode(
-    vae: AutoencoderKL,
-    pixels: Pixels,
-    scratch: Scratch,
-    *,
-    hold: Hold,
-    check: Check,
-    progress: Callable[[float], None] = lambda share: None,
-    margin: tuple[int, int] = (0, 0),
-    attend_to: int | None = None,
-) -> Tensor:
-    """pixels: (H, W, 3) uint8, sides multiples of FACTOR → the posterior's mean (1, C, h, w) fp32, unscaled.
+def decode(vae: AutoencoderKL, latents: Latents, scratch: Scratch, **options: Any) -> Generator[Tensor]:
+    """`run` as a decoder."""
+    return run(DECODER, vae, latents, scratch, **options)
 
-    FACTOR × `margin` pixels above and below, and left and right, repeat the opposite side. `attend_to` as for `decode`.
-    """
-    stages = encoder_stages(vae.encoder, vae.quant_conv)
-    rows = FACTOR * strip_rows(pixels.shape[1] // FACTOR)
-    height, width = pixels.shape[:2]
-    source = Source(lambda first, last: to_tensor(pixels[first:last]), height, rows)
-    frame = Frame(height, width, *(FACTOR * n for n in margin))
-    check = telling(check, scratch, of_picture(stages, height, width, attend_to), progress)
-    with scratch:
-        return means(stream(stages, source, frame, scratch, hold=hold, check=check, attend_to=attend_to))
+
+def encode(vae: AutoencoderKL, pixels: Pixels, scratch: Scratch, **options: Any) -> Tensor:
+    """`run` as an encoder: the mean in one piece, (1, C, h, w)."""
+    return torch.cat(list(run(ENCODER, vae, pixels, scratch, **options)), dim=1)[None]

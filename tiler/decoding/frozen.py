@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tiler.decoding import FACTOR, exact
 from tiler.decoding.apart import Band, Early, Elsewhere, Waiting, Work, rows_of_all
+from tiler.decoding.directions import mean_of
 from tiler.decoding.held import recall, remember, to_bytes
 from tiler.decoding.rehearsal import Rehearsal
 from tiler.decoding.rows import (
@@ -34,7 +35,6 @@ from tiler.decoding.rows import (
     encoder_stages,
     flow,
     latent_strips,
-    means,
     strip_before,
     strip_rows,
     to_tensor,
@@ -299,7 +299,7 @@ def _band_means(
     for moments in _stream(stages, strips, height, check, progress, row=FACTOR * row):
         skipped, row = max(0, begin - row), row + moments.shape[1]
         if skipped < moments.shape[1]:
-            part = means([moments[:, skipped:]])[:, :, :, band.keep]
+            part = mean_of(moments[:, skipped:])[None, :, :, band.keep]
             yield row - part.shape[2], part
 
 

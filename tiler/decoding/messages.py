@@ -1,4 +1,5 @@
-"""What processes that decode slabs of one picture tell each other: plain numbers and arrays. Imports no torch."""
+"""What processes that decode or encode slabs of one picture tell each other: plain numbers and arrays. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Packed(NamedTuple):
-    """Rows of a picture from the row `first` on, in the bytes of the scratch's dtype: `data` is (n, row_bytes) uint8.
+    """Rows of a picture from the row `first` on, in the bytes in which they are stored: `data` is (n, row_bytes) uint8.
     `scales` are the factors, one for each row, that the stored values lack."""
 
     first: int
@@ -28,15 +29,12 @@ class Edge(NamedTuple):
 
 class Begin(NamedTuple):
     """The slab `number` of a picture that is cut in proportion to `shares`, which add up to 1. `frame` are the fields
-    of its Frame. `latents` are the slab's, (1, C, n, w) fp32 from the row `first` on, with a few more on both sides.
-    `edge_bytes`: about the most that a report may send to others. `attend_to`: how many tokens attention sees, None for
-    all."""
+    of its Frame. Its rows follow as the edges of the first orders. `edge_bytes`: about the most that a report may send
+    to others. `attend_to`: how many tokens attention sees, None for all."""
 
     number: int
     shares: tuple[float, ...]
     frame: tuple[int, int, int, int]
-    first: int
-    latents: np.ndarray
     edge_bytes: int
     attend_to: int | None
 
@@ -44,8 +42,8 @@ class Begin(NamedTuple):
 class Report(NamedTuple):
     """What a slab has to tell between two passes. `counts` and `moments`, (m, 2, groups) fp64, are of the strips of the
     pass that ended: the number of values, their mean, and their squared differences from it. If `has_more`, the next
-    report has more edges of the same pass. With `is_ready`, the rows of the picture can be fetched. `worked` is the
-    slab's work so far, in the unit of work.py."""
+    report has more edges of the same pass. With `is_ready`, the rows of the result can be fetched. `worked` is the
+    slab's work so far, in the unit of work.py. `reads` are the rows that the pass that comes reads, (first, last)."""
 
     counts: tuple[int, ...] = ()
     moments: np.ndarray | None = None
@@ -53,6 +51,7 @@ class Report(NamedTuple):
     has_more: bool = False
     is_ready: bool = False
     worked: float = 0.0
+    reads: tuple[int, int] = (0, 0)
 
 
 class Orders(NamedTuple):
@@ -67,15 +66,15 @@ class Orders(NamedTuple):
 
 
 class Fetch(NamedTuple):
-    """Ask for the next rows of a slab's part of the picture; with `ahead`, only to have all of them computed."""
+    """Ask for the next rows of a slab's part of the result; with `ahead`, only to have all of them computed."""
 
     ahead: bool = False
 
 
 class Piece(NamedTuple):
-    """Rows of the picture, (3, n, W) fp32, in strips of these `heights`, cut as one process does. None follow the
-    `last` piece of a slab."""
+    """Rows of the result, (C, n, W) fp32, in strips of these `heights`, cut as one process does. None follow the `last`
+    piece of a slab."""
 
     heights: tuple[int, ...]
-    pixels: np.ndarray
+    rows: np.ndarray
     is_last: bool

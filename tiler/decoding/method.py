@@ -14,12 +14,13 @@ from torch import Tensor
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import NARROW
-from tiler.decoding import FACTOR, exact, frozen, lockstep, rehearsal, tiny
+from tiler.decoding import FACTOR, frozen, lockstep, rehearsal, tiny
 from tiler.decoding.apart import Elsewhere
 from tiler.decoding.attention import spacing
+from tiler.decoding.directions import DECODER, ENCODER, Direction
 from tiler.decoding.frozen import Part
 from tiler.decoding.lockstep import SlabsElsewhere
-from tiler.decoding.rows import REACH, Check, Latents, Pixels, decoder_stages, encoder_stages
+from tiler.decoding.rows import REACH, Check, Latents, Pixels
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.spool import Spool
 from tiler.decoding.work import BY_ROWS, of_picture
@@ -66,6 +67,10 @@ class DecodePlan:
     def __str__(self) -> str:
         disk = f"; {self.scratch_bytes / 1e6:,.0f} MB of scratch in {named(self.folder)}" if self.scratch_bytes else ""
         return f"{self.name} in {self.precision} ({self.why}{disk})"
+
+    @property
+    def direction(self) -> Direction:
+        return ENCODER if self.encoding else DECODER
 
     @property
     def name(self) -> str:
@@ -188,10 +193,7 @@ def choose(
 def work_of(method: DecodePlan, vae: AutoencoderKL, latents: tuple[int, int]) -> float:
     """The work on latents of (height, width), in the unit of work.py."""
     height, width = (side + 2 * more for side, more in zip(latents, method.margin, strict=True))
-    if method.encoding:
-        stages, scale = encoder_stages(vae.encoder, vae.quant_conv), FACTOR
-    else:
-        stages, scale = decoder_stages(vae.decoder, vae.post_quant_conv), 1
+    stages, scale = method.direction.stages(vae), method.direction.reads
     most = method.attend_to if method.by_layers else frozen.HELD_TOKENS
     return (1.0 if method.by_layers else BY_ROWS) * of_picture(stages, scale * height, scale * width, most)
 
@@ -243,8 +245,8 @@ def decode(
     row = 0 if method.by_layers or not begin else begin + FACTOR * y
     if method.by_layers:
         slabs = None if others is None else others.slabs
-        strips = lockstep.decode(
-            vae, latents, scratch, slabs, check=check, progress=progress, attend_to=method.attend_to, **options
+        strips = lockstep.run(
+            DECODER, vae, latents, scratch, slabs, check=check, progress=progress, attend_to=method.attend_to, **options
         )
     elif method.kind is Decode.FROZEN:
         strips = frozen.decode(
@@ -277,9 +279,11 @@ def encode(
     check: Check,
     progress: Callable[[float], None],
     spool: Spool | None = None,
+    slabs: SlabsElsewhere | None = None,
 ) -> Tensor:
     """pixels: (H, W, 3) uint8, sides multiples of FACTOR, surrounded by `method.margin_pixels` of the opposite side →
-    the posterior's mean without the margin, (1, C, h, w) fp32, unscaled.
+    the posterior's mean without the margin, (1, C, h, w) fp32, unscaled. Others may encode `slabs` for methods that
+    work layer by layer.
 
     `progress` gets the share done, 0 to 1. Raises StorageError and NumericalError.
     """
@@ -287,8 +291,10 @@ def encode(
     scratch = Scratch(method.folder, DTYPES[method.dtype], spool)
     options: dict[str, Any] = {"hold": streamer.hold_transformed, "margin": method.margin}
     if method.by_layers:
-        attend_to = method.attend_to
-        mean = exact.encode(vae, pixels, scratch, check=check, progress=progress, attend_to=attend_to, **options)
+        strips = lockstep.run(
+            ENCODER, vae, pixels, scratch, slabs, check=check, progress=progress, attend_to=method.attend_to, **options
+        )
+        mean = torch.cat(list(strips), dim=1)[None]
     else:
         mean = frozen.encode(vae, pixels, scratch, check=check, progress=progress, **options)
     progress(1.0)
@@ -304,10 +310,11 @@ def encode_parts(
     check: Check,
     progress: Callable[[float], None],
     spool: Spool | None = None,
+    slabs: SlabsElsewhere | None = None,
 ) -> Iterator[Part]:
     """Yield the result of `encode`, a part at a time if the method works in bands."""
     if method.by_layers:
-        mean = encode(method, vae, streamer, pixels, check=check, progress=progress, spool=spool)
+        mean = encode(method, vae, streamer, pixels, check=check, progress=progress, spool=spool, slabs=slabs)
         yield Part(0, 0, mean)
         return
     y, x = method.margin

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from tiler.decoding import FACTOR
 from tiler.decoding.attention import KEYS
+from tiler.decoding.directions import DECODER, ENCODER
 from tiler.decoding.exact import stream
-from tiler.decoding.rows import Conv, Down, Resnet, Stage, Up, decoder_stages, encoder_stages, strip_rows
+from tiler.decoding.rows import Conv, Down, Resnet, Stage, Up
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame
@@ -53,13 +53,12 @@ def rehearse(
     """
     height, width = min(latents[0], KEYS // latents[1] + 8), latents[1]
     scratch = Scratch(None, dtype)
-    if encoding:
-        stages, x = encoder_stages(vae.encoder, vae.quant_conv), (1, 3, FACTOR * height, FACTOR * width)
-    else:
-        stages = decoder_stages(vae.decoder, vae.post_quant_conv)
-        x = 1, vae.config.latent_channels, height, width
-    rows = strip_rows(width) * (FACTOR if encoding else 1)
-    source = Source(lambda first, last: torch.empty(1, x[1], last - first, x[3], device="meta"), x[2], rows)
+    direction = ENCODER if encoding else DECODER
+    stages, scale = direction.stages(vae), direction.reads
+    x = 1, direction.channels(vae), scale * height, scale * width
+    source = Source(
+        lambda first, last: torch.empty(1, x[1], last - first, x[3], device="meta"), x[2], direction.step(x[3])
+    )
     flops = _flops(stages, x[2] * x[3])
     for _ in stream(stages, source, Frame(x[2], x[3]), scratch, hold=hold):
         pass

@@ -13,7 +13,7 @@ So all strips see the same network and no strip can differ in tone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -382,14 +382,14 @@ def strip_before(begin: int, rows: int) -> int:
     return max(0, (begin // FACTOR - 2 * REACH) // rows - 1)
 
 
-def means(moments: Iterable[Tensor]) -> Tensor:
-    """Join strips of a posterior's moments, (2C, n, w) → its mean, (1, C, h, w)."""
-    return torch.cat([strip[None, : len(strip) // 2].clone() for strip in moments], dim=2)
-
-
 def to_tensor(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 → (1, 3, H, W) fp32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float().div_(127.5).sub_(1)
+    return from_pixels_(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float())
+
+
+def from_pixels_(x: Tensor) -> Tensor:
+    """fp32 pixels, 0 to 255 → [-1, 1], in place."""
+    return x.div_(127.5).sub_(1)
 
 
 def to_uint8(strip: Tensor) -> np.ndarray:

@@ -108,10 +108,10 @@ def free_bytes(folder: Path) -> int:
 
 
 class Rows:
-    """A picture of (channels, width) rows that grows downwards, stored in the scratch's dtype. With `over`, its rows
-    replace those of another picture, which must have been read before. In a spool they belong to pass `number`, and
-    start with the rows that are `known` of it. The rows above `begin` belong to other processes: they take no space
-    where files may have holes."""
+    """A picture of (channels, width) rows that grows downwards, stored in `dtype`, by default the scratch's. With
+    `over`, its rows replace those of another picture, which must have been read before. In a spool they belong to pass
+    `number`, and start with the rows that are `known` of it. The rows above `begin` belong to other processes: they
+    take no space where files may have holes."""
 
     def __init__(
         self,
@@ -123,9 +123,11 @@ class Rows:
         number: int = -1,
         known: Line | None = None,
         begin: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.scratch, self.channels, self.width, self.count, self.number = scratch, channels, width, begin, number
-        self.row_bytes = channels * width * scratch.dtype.itemsize
+        self.dtype = scratch.dtype if dtype is None else dtype
+        self.row_bytes = channels * width * self.dtype.itemsize
         assert over is None or self.row_bytes <= over.stride
         self.stride: int = self.row_bytes if over is None else over.stride
         self.fd: int = over.fd if over is not None else -1 if scratch.folder is None else scratch.open(number)
@@ -149,7 +151,7 @@ class Rows:
         self.scratch.written_bytes += n * self.row_bytes
         self.stored_bytes += grown
         self.count += n
-        stored = x.new_empty(n, self.width, self.channels, dtype=self.scratch.dtype)
+        stored = x.new_empty(n, self.width, self.channels, dtype=self.dtype)
         if x.is_meta:
             return
         rows = x[0].permute(1, 2, 0)
@@ -160,7 +162,7 @@ class Rows:
             raise NumericalError(
                 f"NaN or Inf in the autoencoder, row {self.count - n} of {self.channels} channels; compare the checksum of the VAE's weights with the original's"
             )
-        fits = self.scratch.dtype != torch.float16 or largest <= FP16_ROOM
+        fits = self.dtype != torch.float16 or largest <= FP16_ROOM
         scale = 1.0 if fits else 2.0 ** math.ceil(math.log2(largest / FP16_ROOM))
         self._scales += [scale] * n
         stored.copy_(rows if scale == 1 else rows / scale)
@@ -183,7 +185,7 @@ class Rows:
     def read(self, first: int, last: int) -> Tensor:
         """Rows [first, last) as (1, channels, n, width) fp32, channels-last."""
         n, device = last - first, "meta" if self.scratch.folder is None else "cpu"
-        stored = torch.empty(n, self.width, self.channels, dtype=self.scratch.dtype, device=device)
+        stored = torch.empty(n, self.width, self.channels, dtype=self.dtype, device=device)
         out = torch.empty(1, n, self.width, self.channels, device=device)
         if stored.is_meta:
             return out.permute(0, 3, 1, 2)

@@ -1,16 +1,17 @@
-"""A slab of a picture: the rows that one process decodes while others decode the rest, in the same passes.
+"""A slab of a picture: the rows that one process decodes, or encodes, while others have the rest, in the same passes.
 
-Each pass cuts the picture into the strips of a decode in one process; a slab is a run of them, and the rows that they
-give. A slab starts some rows earlier, where all layers hold back as many rows as they do in one process, and drops what
-comes before its own rows: so its strips, their moments and their pixels have the bits of one process. Between two
-passes processes exchange moments and the rows that others need, which `lockstep` carries.
+Each pass cuts the picture into the strips of one process; a slab is a run of them, and the rows that they give. A slab
+starts some rows earlier, where all layers hold back as many rows as they do in one process, and drops what comes before
+its own rows: so its strips, their moments and its result have the bits of one process. Between two passes processes
+exchange moments and the rows that others need, which `lockstep` carries.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import accumulate, pairwise, takewhile
+from fractions import Fraction
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from tiler.decoding.attention import Attend, keys_and_values_of, spacing, tokens_above
-from tiler.decoding.exact import Hold, Passes, SecondHalf, first_norm, in_passes, layers_of, work_of
+from tiler.decoding.directions import Direction
+from tiler.decoding.exact import Hold, Passes, SecondHalf, in_passes, layers_of, work_of
 from tiler.decoding.messages import Begin, Edge, Orders, Piece, Report
-from tiler.decoding.rows import Conv, Latents, MidAttention, Norm, Stage, Up, decoder_stages
+from tiler.decoding.rows import Conv, Down, MidAttention, Norm, Stage, Up
 from tiler.decoding.scratch import Rows, Scratch
-from tiler.decoding.sources import Source, latent_source
+from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame, Noted
 from tiler.decoding.work import of_conv, of_weights, through
 
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     from tiler.decoding.rows import Check
-
-_SLACK = 16  # rows of latents that a slab is sent beyond those that it reads
 
 
 def cuts_of(count: int, shares: Sequence[float], lead: int = 0) -> list[int]:
@@ -50,9 +50,22 @@ def _conv(stage: Stage) -> Conv | None:
     return conv if isinstance(conv, Conv) and (conv.halo or conv.norm is not None) else None
 
 
+def _together(stage: Stage) -> int:
+    """How many of its input's rows a stage computes at once; 0 if it holds none back."""
+    conv = _conv(stage)
+    return 2 if isinstance(stage, Down) else 0 if conv is None else conv.together
+
+
+def _scale(stage: Stage) -> Fraction:
+    """The rows that a stage gives for each that it takes."""
+    return Fraction(2) if isinstance(stage, Up) else Fraction(1, 2) if isinstance(stage, Down) else Fraction(1)
+
+
 def _given(stage: Stage, rows: int, *, last: bool) -> int:
     """How many rows a stage has given after `rows` rows from the top."""
-    conv, rows = _conv(stage), rows * (2 if isinstance(stage, Up) else 1)
+    if isinstance(stage, Down):  # each of its own takes three, the last one a row of zeros
+        return (rows if last else max(0, rows - 1)) // 2
+    conv, rows = _conv(stage), int(rows * _scale(stage))
     return rows if conv is None or last else max(0, rows - conv.halo) // conv.together * conv.together
 
 
@@ -71,11 +84,15 @@ class Stretch(NamedTuple):
 
 def stretches(chain: list[Stage], source: Source, shares: Sequence[float]) -> list[Stretch]:
     """What each slab does in a pass."""
-    height, step, convs = source.height, source.step, [c for c in map(_conv, chain) if c is not None]
-    align = math.lcm(*(conv.together for conv in convs))
+    height, step, align, back = source.height, source.step, 1, 0
+    scale = Fraction(1)
     # Before its own first strip, a layer must have seen the rows that it holds back then; and what a layer gives to the
     # next one must have been cut as in one process.
-    back = sum(conv.together + 2 for conv in convs)
+    for stage in chain:
+        if rows := _together(stage):
+            each = math.ceil(1 / scale)  # rows of the input for one of the layer's
+            align, back = math.lcm(align, each * rows), back + each * (rows + 2)
+        scale *= _scale(stage)
     lead = (len(chain) - 1) * math.ceil(back / step) if chain else 0
     cuts = cuts_of(math.ceil(height / step), shares, lead)
 
@@ -93,24 +110,9 @@ def stretches(chain: list[Stage], source: Source, shares: Sequence[float]) -> li
         if first == last:
             found.append(Stretch((), (0, 0), (out[0], out[0])))
             continue
-        begin = max(0, (own - lead * step - back) // align * align) if own and convs else own
+        begin = max(0, (own - lead * step - back) // align * align) if own and back else own
         between = [begin, *range((begin // step + 1) * step, end, step), end]
         found.append(Stretch(tuple(between), (begin, given(end, chain[:1])), out))
-    return found
-
-
-def latents_of(
-    stages: list[Stage], latents: Latents, shares: Sequence[float], hold: Hold
-) -> list[tuple[int, np.ndarray]]:
-    """For each slab the first row of the latents that it is sent, and these, (1, C, n, w) fp32."""
-    chain = list(takewhile(lambda stage: first_norm(stage) is None, stages))
-    source = latent_source(latents)
-    with hold(layers_of(chain)):
-        read = [stretch.read for stretch in stretches(chain, source, shares)]
-    found = []
-    for first, last in read:
-        first, last = max(0, first - _SLACK), min(source.height, last + _SLACK)
-        found.append((first, np.ascontiguousarray(latents[:, :, first:last].numpy())))
     return found
 
 
@@ -118,8 +120,11 @@ class _SlabRows(Rows):
     """Rows of which each slab made those between two of `owners`, and this process the slab `number`. `known` are the
     rows that each slab has by now, (first, last)."""
 
-    def __init__(self, scratch: Scratch, channels: int, width: int, owners: Sequence[int], number: int) -> None:
-        super().__init__(scratch, channels, width, begin=owners[number])
+    def __init__(
+        self, scratch: Scratch, channels: int, width: int, owners: Sequence[int], number: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(scratch, channels, width, begin=owners[number], dtype=dtype)
         self.owners = owners
         self.known = list(pairwise(owners))
 
@@ -133,6 +138,13 @@ class SlabPasses(Passes):
         self._unknown: tuple[Norm, Noted] | None = None  # the norm whose statistics are still to come
         self._stretches: list[Stretch] = []  # of the pass that comes
 
+    def given(self, direction: Direction, channels: int) -> Rows:
+        """Where the picture that is to be coded lies, raw: rows that others have."""
+        owners = [0] * (len(self._shares) + 1)
+        rows = _SlabRows(self.scratch, channels, self.frame.width, owners, self._number, direction.dtype)
+        rows.settle(self.frame.height)
+        return rows
+
     @property
     def _own(self) -> Stretch:
         return self._stretches[self._number]
@@ -140,15 +152,14 @@ class SlabPasses(Passes):
     def begin(self, chain: list[Stage], source: Source) -> Generator[Report, Orders]:
         with self.hold(layers_of(chain)):  # which kernels compute the layers
             self._stretches = stretches(chain, source, self._shares)
-        if not source.stored:  # the latents
-            return
-        parts = _in_parts(self._edges(chain, source), self._edge_bytes)
+        parts = in_parts(self._edges(chain, source), self._edge_bytes)
         counts, moments = self._measured()
         following, goes_on = next(parts, None), True
         while goes_on:
             edges, following = following or (), next(parts, None)
             has_more = following is not None
-            orders = yield Report(counts, moments, edges, has_more, worked=self.scratch.worked)
+            reads = self._own.read
+            orders = yield Report(counts, moments, edges, has_more, worked=self.scratch.worked, reads=reads)
             counts, moments = (), None
             if orders.mean is not None and orders.var is not None:
                 assert self._unknown is not None
@@ -197,7 +208,7 @@ class SlabPasses(Passes):
             return
         if chain and isinstance(chain[0], SecondHalf):
             chain[0].row = own.cuts[0]
-        row = own.cuts[0] * math.prod(2 if isinstance(stage, Up) else 1 for stage in chain)
+        row = int(own.cuts[0] * math.prod(map(_scale, chain)))
         for x in source.through(chain, self.check, own.cuts, part):
             row += x.shape[2]
             if row > own.out[0]:
@@ -229,12 +240,9 @@ class SlabPasses(Passes):
 
     def _shape(self, chain: list[Stage], source: Source) -> tuple[int, int, int]:
         """The channels, width and height of a pass's result."""
-        channels, width, height = 0, self.frame.width, source.height
-        if source.stored:
-            channels, width = source.stored[0].channels, source.stored[0].width
+        channels, width, height = source.stored[0].channels, source.stored[0].width, source.height
         for stage in chain:
-            if isinstance(stage, Up):
-                width, height = 2 * width, 2 * height
+            width, height = (int(side * _scale(stage)) for side in (width, height))
             if not isinstance(stage, Attend):
                 conv = layers_of([stage])[0]
                 assert isinstance(conv, nn.Conv2d)
@@ -276,7 +284,7 @@ def _joined(some: tuple[int, int], more: tuple[int, int]) -> tuple[int, int]:
     return min(some[0], more[0]), max(some[1], more[1])
 
 
-def _in_parts(edges: Iterator[Edge], most: int) -> Iterator[tuple[Edge, ...]]:
+def in_parts(edges: Iterator[Edge], most: int) -> Iterator[tuple[Edge, ...]]:
     """Join edges to parts of about `most` bytes, counted for each slab that gets them."""
     part, size = list[Edge](), 0
     for edge in edges:
@@ -290,29 +298,16 @@ def _in_parts(edges: Iterator[Edge], most: int) -> Iterator[tuple[Edge, ...]]:
         yield tuple(part)
 
 
-class _LatentRows:
-    """Some rows of latents (1, C, n, w) as a part of all, from the row `first` of `height` on."""
-
-    def __init__(self, some: Tensor, first: int, height: int) -> None:
-        self._some, self._first = some, first
-        self.shape = (*some.shape[:2], height, some.shape[3])
-
-    def __getitem__(self, rows: tuple[slice, slice, slice]) -> Tensor:
-        first, last = rows[2].start - self._first, rows[2].stop - self._first
-        assert 0 <= first <= last <= self._some.shape[2]
-        return self._some[:, :, first:last]
-
-
 class SlabRun:
-    """A slab under way, in the process that decodes it. `close` removes its scratch files."""
+    """A slab under way, in the process that decodes or encodes it. `close` removes its scratch files."""
 
-    def __init__(self, vae: AutoencoderKL, scratch: Scratch, begun: Begin, *, hold: Hold, check: Check) -> None:
-        frame = Frame(*begun.frame)
-        latents: Latents = _LatentRows(torch.from_numpy(begun.latents.copy()), begun.first, frame.height)
-        passes = SlabPasses(frame, scratch, hold, check, begun)
-        stages = decoder_stages(vae.decoder, vae.post_quant_conv)
-        self._scratch = scratch
-        self._steps: Generator[Any, Any] = in_passes(stages, latent_source(latents), passes, begun.attend_to)
+    def __init__(
+        self, direction: Direction, vae: AutoencoderKL, scratch: Scratch, begun: Begin, *, hold: Hold, check: Check
+    ) -> None:
+        passes = SlabPasses(Frame(*begun.frame), scratch, hold, check, begun)
+        source = direction.source_of(passes.given(direction, direction.channels(vae)))
+        self._scratch, self._result = scratch, direction.result
+        self._steps: Generator[Any, Any] = in_passes(direction.stages(vae), source, passes, begun.attend_to)
         self._strip: Tensor | None = None  # the one that comes next
         self._ahead: Rows | None = None  # strips computed ahead, in full
         self._heights: list[int] = []
@@ -321,8 +316,6 @@ class SlabRun:
     def close(self) -> None:
         self._steps.close()
         self._scratch.__exit__()
-        if self._ahead is not None:
-            self._ahead.scratch.__exit__()
 
     def go_on(self, orders: Orders | None = None) -> Report:
         """Follow the orders (None begins) up to the next report. Raises NumericalError, StorageError."""
@@ -331,33 +324,32 @@ class SlabRun:
         except StopIteration:  # it has no strip of the last pass
             return Report(is_ready=True, worked=self._scratch.worked)
         if isinstance(found, Tensor):
-            self._strip = found
+            self._strip = self._result(found)
             return Report(is_ready=True, worked=self._scratch.worked)
         return found
 
     def _next(self) -> Tensor | None:
-        """The next strip, (3, n, W)."""
+        """The next strip, (C, n, W)."""
         strip, self._strip = self._strip, None
-        if strip is not None:
-            self._strip = next(self._steps, None)
+        if strip is not None and (following := next(self._steps, None)) is not None:
+            self._strip = self._result(following)
         return strip
 
     def compute_ahead(self) -> None:
-        """Compute all rows of the picture that are left, into a file."""
+        """Compute all rows of the result that are left, into a file."""
         while (strip := self._next()) is not None:
             if self._ahead is None:
-                whole = Scratch(self._scratch.folder, torch.float32)
-                self._ahead = Rows(whole, *(strip.shape[0], strip.shape[2]))
+                self._ahead = Rows(self._scratch, strip.shape[0], strip.shape[2], dtype=torch.float32)
             self._ahead.append(strip[None])
             self._heights.append(strip.shape[1])
 
     def piece(self, nbytes: int) -> Piece:
-        """The next rows of the picture, of about `nbytes`."""
+        """The next rows of the result, of about `nbytes`."""
         strips, size = list[Tensor](), 0
         while size < nbytes and (strip := self._stored() if self._ahead is not None else self._next()) is not None:
             strips.append(strip)
             size += strip.nbytes
-        joined = torch.cat(strips, dim=1) if strips else torch.empty(3, 0, 0)
+        joined = torch.cat(strips, dim=1) if strips else torch.empty(0, 0, 0)
         is_last = self._strip is None and not self._heights
         return Piece(tuple(strip.shape[1] for strip in strips), joined.contiguous().numpy(), is_last)
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from tiler.decoding.rows import Latents, Stage, flow, strip_rows
+from tiler.decoding.rows import Stage, flow
 from tiler.decoding.scratch import STRIP_BYTES, Rows
 
 if TYPE_CHECKING:
@@ -50,12 +49,3 @@ class Source:
         for rows in self.stored:
             if rows is not keep:
                 rows.close()
-
-
-def latent_source(latents: Latents) -> Source:
-    """The latents, (1, C, h, w), as the input of a decoder, channels-last."""
-    height, width = latents.shape[2:]
-    return Source(
-        lambda first, last: latents[:, :, first:last].contiguous(memory_format=torch.channels_last), height,
-        strip_rows(width),
-    )  # fmt: skip

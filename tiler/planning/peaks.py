@@ -282,11 +282,11 @@ class VaePeaks:
         stored: bool = False,
     ) -> PhasePlan:
         """The phase that decodes latents of (height, width), or encodes a picture of `source_pixels` enlarged to their
-        size. The large picture exists only as rows. The latents are held `held` times (0 if they are read from a file),
+        size. The large picture exists only as rows. The latents are held `held` times (0 if they are elsewhere),
         and once more if they have a margin or are assembled from bands and scaled; where they are `stored` in files,
         bands are read and written."""
         area = math.prod(n + 2 * m for n, m in zip(latents, method.margin, strict=True))
-        copies = 3 if method.encoding else 2 if any(method.margin) else held
+        copies = 3 * min(held, 1) if method.encoding else 2 if any(method.margin) else held
         if stored and not (method.encoding and method.by_layers):
             copies = 0
         terms = [

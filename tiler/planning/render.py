@@ -300,14 +300,14 @@ class _Coding(NamedTuple):
 
 
 def _beside_workers(phase: PhasePlan, method: DecodePlan, spec: VaeSpec, canvas: tuple[int, int]) -> PhasePlan:
-    """The phase of a process whose workers decode bands or slabs of `canvas` latents, (height, width)."""
-    if method.kind is Decode.TINY:
+    """The phase of a process whose workers decode bands of `canvas` latents, (height, width), or decode or encode
+    slabs."""
+    if method.kind is Decode.TINY or (method.encoding and not method.by_layers):
         return phase
     channels, held = spec.config["latent_channels"], 0
     if method.by_layers:
-        height, width = (side + 2 * more for side, more in zip(canvas, method.margin, strict=True))
-        slabs = min(DECODERS, lockstep.slabs_in(height))
-        phase = in_place_of_activations(phase, "slabs", lockstep.held_bytes(4 * channels * height * width, slabs))
+        slabs = min(DECODERS, lockstep.slabs_in(canvas[0] + 2 * method.margin[0]))
+        phase = in_place_of_activations(phase, "slabs", lockstep.held_bytes(slabs))
     else:
         cut = bands(canvas[1])
         band_bytes = 4 * channels * canvas[0] * max(band.last - band.first for band in cut)
@@ -331,7 +331,8 @@ def _plan_coding(
     whole = whole_picture(request.output, request.format, request.width, request.height)
     if whole is not None:
         decoding = whole.while_decoding(decoding)
-    if request.cluster is not None and parse_cluster(request.cluster).decodes:
+    is_shared = request.cluster is not None and parse_cluster(request.cluster).decodes
+    if is_shared:
         decoding = _beside_workers(decoding, methods[Phase.DECODE], decoder.spec, canvas)
     phases = [_CodingPhase(decoding, Streamed(decoder.decoder_weights, decoder.spec.weights))]
     has_picture = request.guide_image is not None or tiling.smaller is not None
@@ -345,6 +346,8 @@ def _plan_coding(
     if guide is not None:  # the same phase decodes the guide first
         methods["guide decoded"] = vae.choose(chosen.get("guide decoded", wanted), guide[:2], space, wrap=wrap)
         pictures.append(vae.phase(Phase.GUIDE_PICTURE, guide[:2], methods["guide decoded"]))
+    if is_shared:
+        pictures[0] = _beside_workers(pictures[0], methods[Phase.GUIDE_PICTURE], own, canvas)
     largest = max(pictures, key=lambda phase: phase.peak_bytes)
     return _Coding(methods, [*phases, _CodingPhase(largest, Streamed(vae.weights, vae.spec.weights))], whole)
 
@@ -372,11 +375,12 @@ def plan_decode(
     space: ScratchSpace,
     wrap: Wrap,
     whole: WholePicture | None = None,
+    encoding: bool = False,
 ) -> tuple[DecodePlan, MemoryPlan, dict[str, torch.dtype]]:
-    """Plan to decode latents of (height, width): the method, the memory plan, and the resident weights. Raises
-    StorageError."""
+    """Plan to decode (or encode) latents of (height, width), of which this process holds none: the method, the memory
+    plan, and the resident weights. Raises StorageError."""
     vae = VaePeaks(models, models.decoder, facts, precision)
-    method = vae.choose(decode, latents, space, wrap=wrap)
+    method = vae.choose(decode, latents, space, encoding=encoding, wrap=wrap)
     phase = vae.phase(Phase.DECODE, latents, method, held=0)
     writing = [] if whole is None else [whole.writing(facts.libraries, max_bytes)]
     phase = phase if whole is None else whole.while_decoding(phase)

@@ -41,8 +41,8 @@ class Cluster:
 
     @property
     def decodes(self) -> bool:
-        """Whether its workers decode too. Those of a render's local:N share this process's memory, and end with the
-        canvas; a queue's rows join them by an address."""
+        """Whether its workers encode and decode too. Those of a render's local:N share this process's memory, and end
+        with the canvas; a queue's rows join them by an address."""
         return self.where is not Where.LOCAL
 
 
@@ -138,9 +138,9 @@ class ClusterOptions:
     cluster: str | None = option(
         None,
         Option(
-            "Let others predict the tiles of the canvas and decode the picture; its bytes stay the same. listen waits "
-            "for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`; local:N starts N processes "
-            "that share --max-ram, which decode only for a queue.",
+            "Let others predict the tiles of the canvas, encode its enlarged guide and decode the picture; its bytes "
+            "stay the same. listen waits for `tiler worker` on port 8786; tls://HOST:8786 joins a `dask scheduler`; "
+            "local:N starts N processes that share --max-ram, which encode and decode only for a queue.",
             Panel.CLUSTER, ("--cluster",), metavar="WHERE", default="this process alone",
         ),
     )  # fmt: skip
