@@ -14,7 +14,7 @@ from tiler.jobs.folder import Job
 from tiler.memory.budget import Budget
 from tiler.planned import Planned
 from tiler.render_run import RenderRun
-from tiler.request import RenderRequest
+from tiler.request import Decode, DecodePrecision, RenderRequest
 from tiler.request.cluster import Where, parse_cluster
 
 _LARGE = 2048**2  # pixels
@@ -70,7 +70,11 @@ def _smaller_request(run: RenderRun, output: Path | None = None) -> RenderReques
     smaller = replace(
         run.said, seed=run.request.seed, width=width, height=height, size=None, paper=None, landscape=False, bleed=None,
         dpi=None, regions=(), output=output, format=None, quality=None, save_latents=None, metadata=False, force=True,
-        keep_job=False, job_dir=None, scratch=run.request.scratch_folder,
+        keep_job=False, job_dir=None, scratch=run.request.scratch_folder, precision=run.plan.precision,
+        decode_precision=DecodePrecision(run.plan.decode_precision),
+        # As for every guide, the model's own autoencoder decodes it.
+        decode=Decode.AUTO if run.said.decode is Decode.TINY else run.said.decode,
+        tiny_vae=None if run.said.preview is None else run.said.tiny_vae,
     )  # fmt: skip
     return smaller if _may_share(smaller, height * width) else _alone(smaller)
 

@@ -68,10 +68,13 @@ class RenderRun(DenoiserRun):
         StorageError."""
         if (path := self.job.smaller_picture) is not None:
             return path
+        scratch = self.request.scratch_folder
         try:
-            return self.files.enter_context(own_folder("tiler-smaller-")) / SMALLER
+            return self.files.enter_context(own_folder("tiler-smaller-", scratch)) / SMALLER
         except OSError as error:
-            raise StorageError(f"no temporary folder can be made ({error}); set TMPDIR") from error
+            raise StorageError(
+                f"{scratch}: nothing can be written there ({error.strerror}); choose another --scratch"
+            ) from error
 
     @cached_property
     def model_id(self) -> str:

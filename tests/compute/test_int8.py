@@ -114,8 +114,12 @@ def test_a_packed_file_holds_the_weights_in_the_order_of_use(tiny: Path, cache: 
     plain, packed = values(source), values(match_index(unet, index, families.plain_names))
     for name, want in plain.items():
         if name in quantised:
-            error = (packed[name] - want).flatten(1).norm(dim=1)
-            assert (error <= 0.03 * want.flatten(1).norm(dim=1)).all(), name
+            error = (packed[name] - want).flatten(1)
+            if cpu.int8().adds_fours:
+                assert (error.norm(dim=1) <= 0.03 * want.flatten(1).norm(dim=1)).all(), name
+            else:
+                step = want.flatten(1).abs().amax(1) / 127
+                assert (error.abs().amax(1) <= 0.5001 * step).all(), name
         else:
             assert torch.equal(packed[name], want), name
     in_file = sorted(index.values(), key=lambda i: i.offset)
@@ -248,7 +252,7 @@ def test_what_int8_means_on_a_processor(
     flags: tuple[str, ...], adds_fours: bool, products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "flags", lambda: flags)
-    monkeypatch.setattr(cpu, "library", lambda: object())
+    monkeypatch.setattr(cpu, "library", lambda: SimpleNamespace(isa="v3" if adds_fours else "v4"))
     assert cpu.int8()[:2] == (adds_fours, products)
     monkeypatch.setattr(cpu, "library", lambda: None)
     assert cpu.int8()[:2] == (False, False)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from tiler.diffusion import guide as guides
 from tiler.diffusion.guide import guide_size
 from tiler.diffusion.guide_picture import MAX_GUIDE_PIXELS
 from tiler.errors import UsageError
+from tiler.models.family import read_family
 from tiler.models.own_defaults import read_defaults
 from tiler.planning.resolve import _ROW, fill
-from tiler.planning.tiling import smaller_picture
+from tiler.planning.tiling import plan_tiling, smaller_picture
 from tiler.request import RenderRequest
+from tiler.weights.checkpoint import resolve
 
 # Runs `tiler render`; the process gets a signal when a `condition` on a picture's job or its decoder's strips holds.
 PROGRAM = """
@@ -157,6 +160,18 @@ def test_sides_grow_by_at_most_a_factor_of_two(canvas: tuple[int, int]) -> None:
     assert max(growths) < 2.1 and (len(growths) == 1 or min(growths) > 1.3), growths
     for height, width in sides:  # no picture is stretched
         assert height / width == pytest.approx(canvas[0] / canvas[1], rel=0.05)
+
+
+@pytest.mark.parametrize("wrap", ["none", "x", "xy"])
+@pytest.mark.parametrize("sides", [(2048, 256), (256, 3000), (640, 600), (1000, 352), (3072, 1024)])
+def test_whatever_can_be_rendered_has_smaller_pictures_that_can(sides: tuple[int, int], wrap: str) -> None:
+    family = read_family(resolve("mini"))
+    asked = fill(RenderRequest(prompt="a", width=sides[0], height=sides[1], wrap=wrap, guide_upscale="progressive"))
+    count = 0
+    while (smaller := plan_tiling(asked, family).smaller) is not None:
+        asked, count = replace(asked, height=smaller[0], width=smaller[1]), count + 1
+        assert asked.width / asked.height == pytest.approx(sides[0] / sides[1], rel=0.12)
+    assert count or wrap == "xy" or min(sides) == 256
 
 
 def test_the_largest_smaller_picture_can_be_a_guide() -> None:

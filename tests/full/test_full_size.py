@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.full.marks import made, planned, render_peak, tiny_decoder
+from tiler.compute import cpu
 from tiler.compute.tuning import TIGHT_ARENA_BYTES
 from tiler.models.built import Models
 from tiler.models.family import Role, plain_names, read_family
@@ -69,7 +70,7 @@ torch.save((noise, process.read_rss().peak, streamer.store.bytes_read), sys.argv
     assert int8_peak < peak < 800_000_000
     assert int8_read < 0.55 * read
     # Measured on these uniformly distributed weights: 1.5 %; 2.3 % on CPUs without 8-bit dot products.
-    assert (int8 - plain).norm() < 0.027 * plain.norm()
+    assert (int8 - plain).norm() < (0.027 if cpu.int8().adds_fours else 0.02) * plain.norm()
 
 
 def test_a_step_of_guide_and_canvas_stays_under_600_mb_by_the_kernels_own_mark(

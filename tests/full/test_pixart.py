@@ -31,7 +31,7 @@ def test_its_decoder_stays_under_440_mb_by_the_kernels_own_mark(tmp_path: Path) 
     options = "--model", made("pixart"), "--max-ram", "440MB", "--decode", "exact"
     peak, report = peak_of(tmp_path, "decode", str(tmp_path / "z.safetensors"), *options)
     assert peak < 440_000_000
-    assert peak <= report["predicted_peak_bytes"] < 1.2 * peak  # few rows leave fewer holes than a tall picture's
+    assert peak <= report["predicted_peak_bytes"] < 1.25 * peak  # few rows leave fewer holes than a tall picture's
 
 
 def test_a_poster_of_2048_needs_no_more_than_420_mb(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +41,7 @@ from tiler.request.render import OF_THE_DENOISER
 from tiler.run import measure
 from tiler.weights.packed import default_cache
 
+_Coder = BandDecoder | SlabCoder
 _JOBS = 3  # open at once
 _FEW_BYTES = 4_000_000  # of prompts that are within a plan's margin
 _KEPT = 60.0  # FORGOTTEN for a slab under way: if it is lost, so are those of all other workers
@@ -84,7 +85,7 @@ class Bench:
         self._sets = 1  # of prompts like those of the first open job: the plan has room for so many
         self._streamer: Streamer | None = None
         self._ahead: _Ahead | None = None
-        self._coder: BandDecoder | SlabCoder | None = None
+        self._coder: _Coder | None = None
         self._coded = 0.0  # when it was used last
 
     @property
@@ -173,6 +174,7 @@ class Bench:
         if self._coder is not None:
             self._coder.close()
             self._coder = None
+            process.trim()
 
     def _set_aside(self) -> None:
         """Close the denoiser, also one that was opened ahead, and keep the jobs that use it."""
@@ -218,9 +220,9 @@ class Bench:
 
         self._open_coder(job, opened, canvas)
 
-    def _open_coder(
-        self, job: SharedJob, opened: Callable[[ResolvedRequest], BandDecoder | SlabCoder], canvas: str = ""
-    ) -> None:
+    def _open_coder(self, job: SharedJob, opened: Callable[[ResolvedRequest], _Coder], canvas: str = "") -> None:
+        if canvas in self.jobs:
+            self.jobs[canvas].used = time.monotonic()
         self.forget()
         if self._coder is None or self._coder.job != job.name:
             if self.jobs.keys() - {canvas} or self._coder is not None:
@@ -393,8 +395,6 @@ def _open_family(job: SharedJob, request: ResolvedRequest) -> Family:
     """Open the model, with its text encoders if their files are here: int8 weights are then packed into the same file
     that renders use."""
     if job.reads_text:
-        try:
+        with suppress(ModelError):
             return families.open_family(request)
-        except ModelError:
-            pass
     return families.open_family(request, reads_text=False)

@@ -32,6 +32,7 @@ _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected t
 _SILENT = (
     3.0  # times that limit: when all tasks take longer, this process predicts, though the workers' heartbeats go on
 )
+_SILENT_ROUNDS = 20  # looks at the answers before that
 _SHOW_EVERY = 2.0  # seconds between two looks at the workers for the user
 _HERE = 4  # tiles that this process predicts between two checks of the workers
 _DEATHS = 2  # workers that one tile may end; after that this process predicts it
@@ -86,6 +87,7 @@ class Pool:
         self._groups: dict[int, Group] = {}  # by ticket
         self._stack = ExitStack()
         self._local: Runner | None = None
+        self._silent_rounds = 0
         self._without_numbers = False  # whether a worker was left out for NaN or Inf
 
     def __enter__(self) -> Self:
@@ -150,8 +152,12 @@ class Pool:
             return step.waiting
         ready = self._members.ready()
         if ready and not self._members.waits_forever and all(map(self._is_silent, ready)):
+            if self._silent_rounds < _SILENT_ROUNDS:  # after a pause of this process, answers are on their way
+                self._silent_rounds += 1
+                return []
             # Workers that this render has started share its memory.
             return [] if self._members.end_running() else sorted(step.tiles)
+        self._silent_rounds = 0
         return [n for n in step.waiting if ready and not any(step.may_have(m, n) for m in ready)]
 
     def _hand_out(self, step: _Step) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,14 +62,16 @@ def prepare(request: RenderRequest) -> None:
 
 def wake(request: RenderRequest) -> None:
     """Prepare, and have workers that have joined a scheduler elsewhere import torch, while this process does so and
-    plans. Nobody waits for them. Raises ClusterError, UsageError."""
+    plans. Nobody waits for them. Raises UsageError."""
     prepare(request)
     if request.cluster is None or (cluster := parse_cluster(request.cluster)).where in (Where.LOCAL, Where.LISTEN):
         return
     from tiler.cluster import tasks
     from tiler.cluster.engine import Engine
 
-    with interrupts.deferred(), Engine(cluster, request.keys, insecure=request.insecure) as engine:
+    # A scheduler that does not answer is reported where its workers are needed.
+    asked = cluster, request.keys
+    with suppress(ClusterError), interrupts.deferred(), Engine(*asked, insecure=request.insecure) as engine:
         for address in engine.members() or {}:
             engine.tell(address, tasks.wake)
 

@@ -21,8 +21,8 @@ from tiler.decoding.messages import Begin, Fetch, Orders, Piece, Report
 from tiler.request import Decode
 
 _LOOK = 0.1  # seconds until a signal or a lost worker is noticed
-# Nobody is waited for if no answer comes for 60 s and 3 times the longest task so far or, before the first answer to a
-# message that all get, 3 times the seconds of the whole picture that the probe suggests.
+# Nobody is waited for if no answer comes for 60 s and 3 times the longest task so far or the seconds of the whole
+# picture that the probe suggests, whichever is more.
 _LATE, _LATE_SECONDS = 3.0, 60.0
 _PAUSE = 1.0  # the most seconds that pass between two looks, unless this process was stopped
 _GATHERING = 60.0  # the most seconds until workers are ready
@@ -226,7 +226,7 @@ class Slabs:
         else:
             self._seconds[member.address] += value.seconds
             self._longest = max(self._longest, value.seconds)
-            self._expected, self._waited = self._longest, 0.0
+            self._expected, self._waited = max(self._expected, self._longest), 0.0
             member.peak_rss_bytes = max(member.peak_rss_bytes, value.peak_rss_bytes)
             self._told[ticket] = value.told
 

@@ -96,8 +96,8 @@ def int8() -> Int8:
     if not has_avx2():
         return Int8(False, False, f"8-bit weights, fp32 arithmetic, {platform.machine()} without AVX2")
     dot = next((flag for flag in _DOT_PRODUCT if flag in flags()), None)
-    if library() is None:
+    if (kernels := library()) is None:
         return Int8(False, False, "8-bit weights, fp32 arithmetic without tiler's own library")
-    if dot is None:
+    if dot is None or kernels.isa == "v3":  # a processor may hide some of the instructions that a set needs
         return Int8(True, True, "8-bit weights, limited because AVX2 without VNNI adds products in 16 bits")
     return Int8(False, True, f"8-bit weights, {dot}")

@@ -182,7 +182,9 @@ class Job:
         outermost = self
         while outermost._inside is not None:
             outermost = outermost._inside
-        if os.path.realpath(scratch) == os.path.realpath(outermost.folder.parent):
+        # A picture on standard output has no job: then all files of the smaller one lie in one temporary folder.
+        is_temporary = self._inside is not None and not outermost._begun
+        if is_temporary or os.path.realpath(scratch) == os.path.realpath(outermost.folder.parent):
             return self.folder / SPOOL
         return scratch.absolute() / _name_elsewhere(self.folder)
 

@@ -24,6 +24,7 @@ from tiler.request.prompt import Stage
 from tiler.request.wording import Wording, canvas_conditions, guide_conditions
 
 _ROUNDING = 0.05  # doublings: a factor of 2.07 counts as 2, because sides are rounded
+_STRETCHED = 1.1  # the most by which a smaller picture's proportions differ from the canvas's
 SMALLEST = 4  # granules along a tile's side: below 256 px Stable Diffusion draws nothing of use
 
 
@@ -97,7 +98,7 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     is_drawn = guide is not None
     smaller = None
     if guide is not None and request.guide_upscale is GuideUpscale.PROGRESSIVE:
-        smaller = smaller_picture(canvas, guide, patch)
+        smaller = smaller_picture(canvas, guide, patch, step, request.wrap.axes)
     guide = guide if smaller is None else None
     guided = is_drawn or request.guide_image is not None
     steps = request.num_inference_steps
@@ -128,10 +129,13 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     )
 
 
-def smaller_picture(canvas: tuple[int, int], guide: GuideSize, patch: int) -> tuple[int, int] | None:
+def smaller_picture(
+    canvas: tuple[int, int], guide: GuideSize, patch: int, step: int = 1, wraps: tuple[bool, bool] = (False, False)
+) -> tuple[int, int] | None:
     """Height and width in pixels of the last of the pictures between a guide and a canvas, whose sides grow by an equal
     factor of at most 2 from each to the next, or by more from the largest picture that can be a guide; None if one
-    factor reaches. This is the progressive upscaling of DemoFusion (Du et al. 2023, arXiv:2311.16973), in pixels."""
+    factor reaches, or if no picture has about the canvas's proportions: sides that wrap are multiples of `step`. This
+    is the progressive upscaling of DemoFusion (Du et al. 2023, arXiv:2311.16973), in pixels."""
     whole = math.sqrt(math.prod(canvas) / (guide.shown_height * guide.shown_width))
     factor = whole ** (1 / max(1, math.ceil(math.log2(whole) - _ROUNDING)))
     if factor == whole:
@@ -139,9 +143,12 @@ def smaller_picture(canvas: tuple[int, int], guide: GuideSize, patch: int) -> tu
     least = math.sqrt(math.prod(pixels_of(canvas)) / MAX_GUIDE_PIXELS)
     rounded = round if factor > least else math.floor
     factor = max(factor, least)
-    step = FACTOR * patch  # a side that wraps is a multiple of it
-    height, width = (step * max(1, rounded(FACTOR * side / factor / step)) for side in canvas)
-    return height, width
+    sides = []
+    for side, wraps_here in zip(canvas, wraps, strict=True):
+        unit, fewest = (step, SMALLEST) if wraps_here else (patch, 1)
+        sides.append(FACTOR * unit * max(fewest, rounded(side / factor / unit)))
+    stretched = sides[0] / sides[1] * canvas[1] / canvas[0]
+    return None if max(stretched, 1 / stretched) > _STRETCHED else (sides[0], sides[1])
 
 
 def pixels_of(sides: tuple[int, int]) -> tuple[int, int]:
