@@ -98,7 +98,7 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
     is_drawn = guide is not None
     smaller = None
     if guide is not None and request.guide_upscale is GuideUpscale.PROGRESSIVE:
-        smaller = smaller_picture(canvas, guide, patch, step, request.wrap.axes)
+        smaller = smaller_picture(canvas, guide, patch, native, step, request.wrap.axes)
     guide = guide if smaller is None else None
     guided = is_drawn or request.guide_image is not None
     steps = request.num_inference_steps
@@ -130,12 +130,14 @@ def plan_tiling(request: ResolvedRequest, family: Family) -> Tiling:
 
 
 def smaller_picture(
-    canvas: tuple[int, int], guide: GuideSize, patch: int, step: int = 1, wraps: tuple[bool, bool] = (False, False)
-) -> tuple[int, int] | None:
+    canvas: tuple[int, int], guide: GuideSize, patch: int, native: int = 0, step: int = 1,
+    wraps: tuple[bool, bool] = (False, False),
+) -> tuple[int, int] | None:  # fmt: skip
     """Height and width in pixels of the last of the pictures between a guide and a canvas, whose sides grow by an equal
     factor of at most 2 from each to the next, or by more from the largest picture that can be a guide; None if one
-    factor reaches, or if no picture has about the canvas's proportions: sides that wrap are multiples of `step`. This
-    is the progressive upscaling of DemoFusion (Du et al. 2023, arXiv:2311.16973), in pixels."""
+    factor reaches, or if no picture has about the canvas's proportions: sides that wrap and are shorter than `native`
+    are multiples of `step`. This is the progressive upscaling of DemoFusion (Du et al. 2023, arXiv:2311.16973), in
+    pixels."""
     whole = math.sqrt(math.prod(canvas) / (guide.shown_height * guide.shown_width))
     factor = whole ** (1 / max(1, math.ceil(math.log2(whole) - _ROUNDING)))
     if factor == whole:
@@ -145,8 +147,10 @@ def smaller_picture(
     factor = max(factor, least)
     sides = []
     for side, wraps_here in zip(canvas, wraps, strict=True):
-        unit, fewest = (step, SMALLEST) if wraps_here else (patch, 1)
-        sides.append(FACTOR * unit * max(fewest, rounded(side / factor / unit)))
+        own = patch * max(1, rounded(side / factor / patch))
+        if wraps_here and own < native:
+            own = min(native, step * max(SMALLEST, rounded(side / factor / step)))
+        sides.append(FACTOR * own)
     stretched = sides[0] / sides[1] * canvas[1] / canvas[0]
     return None if max(stretched, 1 / stretched) > _STRETCHED else (sides[0], sides[1])
 
