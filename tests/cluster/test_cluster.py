@@ -301,20 +301,26 @@ def test_workers_of_a_render_that_listens_decode(
         fleet.end(name)
 
 
-def test_a_worker_that_is_killed_while_it_decodes_changes_no_byte(
-    fleet: Fleet, whole: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """This process decodes the picture, since one worker alone does not decode faster."""
+def kill_in_tenth_pass(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the worker with the first slab be killed; its name is the first of those returned, once it is known."""
     go_on, seen = slabs.Slabs.go_on, list[str]()
 
     def killing(self: slabs.Slabs, orders: Sequence[Orders]) -> list[Report]:
         seen.append(self._team[0].name)
-        if len(seen) == 10:  # of the passes
+        if len(seen) == 10:
             fleet.end(seen[0])
         return go_on(self, orders)
 
-    monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
     monkeypatch.setattr(slabs.Slabs, "go_on", killing)
+    return seen
+
+
+def test_a_worker_that_is_killed_while_it_decodes_changes_no_byte(
+    fleet: Fleet, whole: Drawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process decodes the picture, since one worker alone does not decode faster."""
+    monkeypatch.setattr(slabs, "_WORTH", 0.0)  # however slow they are at the moment
+    seen = kill_in_tenth_pass(fleet, monkeypatch)
     many = draw(Path("mini"), tmp_path, **LAYERS, **fleet.through)
     assert many.picture == whole.picture and f"worker {seen[0]} is gone" in many.notes
     assert any(note.startswith("fewer than two workers are ready") for note in many.notes)
@@ -362,15 +368,7 @@ def test_a_worker_that_is_killed_while_it_encodes_changes_no_byte(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """The other one, which had set its denoiser aside, predicts tiles."""
-    go_on, seen = slabs.Slabs.go_on, list[str]()
-
-    def killing(self: slabs.Slabs, orders: Sequence[Orders]) -> list[Report]:
-        seen.append(self._team[0].name)
-        if len(seen) == 10:  # of the passes
-            fleet.end(seen[0])
-        return go_on(self, orders)
-
-    monkeypatch.setattr(slabs.Slabs, "go_on", killing)
+    seen = kill_in_tenth_pass(fleet, monkeypatch)
     many = draw(tiny, tmp_path, **guided, **fleet.through)
     assert torch.equal(many.latents, guided_alone.latents) and many.picture == guided_alone.picture
     assert not many.report["encoders"] and set(many.workers) == {"a", "b"} - {seen[0]}

@@ -29,9 +29,8 @@ FARTHEST, _AHEAD_BYTES = 2000, 128_000_000  # upper limits of that window: tiles
 _ROUNDS = 4  # passes per worker that may be handed out or answered early
 _LOOK = 0.1  # seconds until a signal or a free worker is noticed
 _LATE, _LATE_SECONDS = 1.5, 30.0  # a task of more than 1.5 times its expected time and 30 s gets a copy
-_SILENT = (
-    3.0  # times that limit: when all tasks take longer, this process predicts, though the workers' heartbeats go on
-)
+# Times that limit: when all tasks take longer, this process predicts, though the workers' heartbeats go on.
+_SILENT = 3.0
 _SILENT_ROUNDS = 20  # looks at the answers before that
 _SHOW_EVERY = 2.0  # seconds between two looks at the workers for the user
 _HERE = 4  # tiles that this process predicts between two checks of the workers

@@ -293,10 +293,7 @@ class Job:
         self.manifest = None
 
     def _remove(self, keep: tuple[str, ...] = ()) -> None:
-        _discard(folder_of(self.folder / SMALLER))
-        self.clear_spool()
-        self._clear_canvas()
-        layout.remove(self.folder, keep)
+        _remove(self.folder, self.manifest, keep)
 
     def _clear_canvas(self, but: Path | None = None) -> None:
         if (canvas := _canvas_of(self.folder, self.manifest)) != but:
@@ -308,16 +305,16 @@ class Job:
         return any(path.exists() for path in known) or self.has_reference
 
 
-def _discard(folder: Path) -> None:
-    """Remove the unfinished job of a smaller picture, and those inside it."""
-    if folder.is_dir():
-        _discard(folder_of(folder / SMALLER))
-        manifest = None
+def _remove(folder: Path, manifest: Manifest | None, keep: tuple[str, ...] = ()) -> None:
+    """Remove a job's files, wherever they are, and the unfinished job of a smaller picture inside it."""
+    if (inner := folder_of(folder / SMALLER)).is_dir():
+        begun = None
         with suppress(JobError, StorageError):
-            manifest = manifests.read(folder / MANIFEST)
-        spools.clear(_spool_of(folder, manifest))
-        stored_files.clear(_canvas_of(folder, manifest))
-        layout.remove(folder)
+            begun = manifests.read(inner / MANIFEST)
+        _remove(inner, begun)
+    spools.clear(_spool_of(folder, manifest))
+    stored_files.clear(_canvas_of(folder, manifest))
+    layout.remove(folder, keep)
 
 
 def _number_of(path: Path) -> int:

@@ -4,7 +4,7 @@ the expected time."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,14 +49,14 @@ def summarise(
         work = counter.count(tiling, asked.attention_window, time.Batches(by.guide_batch, by.batch))
         return work.plus(loras.count(tiling, asked.attention_window))
 
-    def seconds(asked: ResolvedRequest, tiling: Tiling, by: RenderPlan, of_pass: float) -> float:
+    def seconds(pictures: Sequence[tuple[ResolvedRequest, Tiling]], by: RenderPlan, of_pass: float) -> float:
         """Those of all pictures; the autoencoder's are in proportion to their pixels."""
         coding = time.seconds(time.Flops(0, 0), by.methods.values(), speed, by.precision, 0)
-        took = 0.0
-        for own, cut in _chain(asked, tiling, by.family):
+        largest, took = math.prod(pictures[0][1].canvas), 0.0
+        for asked, cut in pictures:
             nbytes = math.ceil(cut.denoiser_samples / by.batch) * of_pass
-            took += time.seconds(count(own, cut, by), (), speed, by.precision, nbytes)
-            took += coding * math.prod(cut.canvas) / math.prod(tiling.canvas)
+            took += time.seconds(count(asked, cut, by), (), speed, by.precision, nbytes)
+            took += coding * math.prod(cut.canvas) / largest
         return took
 
     def work_of(asked: ResolvedRequest, tiling: Tiling) -> dict[str, Any]:
@@ -66,13 +66,13 @@ def summarise(
                 "denoiser_samples": sum(cut.denoiser_samples for _, cut in pictures),
                 "precision": plan.precision.value,
                 "denoiser_tflop": round(sum(count(own, cut).tflop for own, cut in pictures), 3),
-                "expected_seconds": round(seconds(asked, tiling, plan, own_bytes)),
+                "expected_seconds": round(seconds(pictures, plan, own_bytes)),
             }
         )
 
     def judge(asked: ResolvedRequest, other: RenderPlan, tiling: Tiling, share: float) -> float:
         of_pass = own_bytes if other is plan else pass_bytes(models, other)
-        return seconds(asked, tiling, other, share * of_pass)
+        return seconds(_chain(asked, tiling, other.family), other, share * of_pass)
 
     presets = {}
     for preset in Preset:
