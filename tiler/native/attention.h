@@ -10,14 +10,16 @@
 #if REGISTERS == 1
 enum { TILE_KEYS = 8, MOST_GROUPS = 3 };
 #else
-enum { TILE_KEYS = 6, MOST_GROUPS = 1 };
+enum { TILE_KEYS = 6, FEWER_DIMS = 4, MOST_GROUPS = 1 };
 #endif
-// A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW and above WIDE. All lies
-// on the stack.
-enum { MOST_DIMS = 512, NARROW = 160, KEY_BLOCK = 120, TASK_GROUPS = 12 };
+// A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW and above WIDE. The more
+// queries a task has the fewer copies of keys and values; SMALL_TASK_GROUPS where threads would lack tasks. All lies on the stack.
+enum { MOST_DIMS = 512, NARROW = 160, KEY_BLOCK = 120, TASK_GROUPS = 18, SMALL_TASK_GROUPS = 12 };
 enum { WIDE = 256, WIDE_KEY_BLOCK = 48, WIDEST_KEY_BLOCK = 24, WIDE_TASK_GROUPS = 6 };
 #define PADDED(dims) (((dims) + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS)
 #define LINE(dims) ((PADDED(dims) + LANES - 1) / LANES * LANES)  // lanes from one key or value to the next
+#define TASK_LANES \
+  (TASK_GROUPS * LINE(NARROW) > WIDE_TASK_GROUPS * LINE(MOST_DIMS) ? TASK_GROUPS * LINE(NARROW) : WIDE_TASK_GROUPS * LINE(MOST_DIMS))
 #define NO_SCORE (-__builtin_inff())
 
 typedef struct {
@@ -39,10 +41,9 @@ typedef struct {
   int64_t ahead, key_step, value_step, columns;
   _Alignas(64) float scores[KEY_BLOCK * MOST_GROUPS * LANES];
   _Alignas(64) float keys[KEY_BLOCK * LINE(NARROW)], values[KEY_BLOCK * LINE(NARROW)];
-  _Alignas(64) float queries[WIDE_TASK_GROUPS * LANES * LINE(MOST_DIMS)], sums[WIDE_TASK_GROUPS * LANES * LINE(MOST_DIMS)];
+  _Alignas(64) float queries[TASK_LANES * LANES], sums[TASK_LANES * LANES];
 } Block;
 
-_Static_assert(TASK_GROUPS * LINE(NARROW) <= WIDE_TASK_GROUPS * LINE(MOST_DIMS), "queries of narrow heads fit too");
 _Static_assert(WIDE_KEY_BLOCK * LINE(WIDE) <= KEY_BLOCK * LINE(NARROW), "keys of wide heads fit");
 _Static_assert(WIDEST_KEY_BLOCK * LINE(MOST_DIMS) <= KEY_BLOCK * LINE(NARROW), "and of the widest");
 _Static_assert(KEY_BLOCK % TILE_KEYS == 0 && WIDE_KEY_BLOCK % TILE_KEYS == 0 && WIDEST_KEY_BLOCK % TILE_KEYS == 0, "whole tiles");
@@ -109,15 +110,17 @@ INLINE void copy_block(const enum Kind kind, const Attention *p, const float *ke
     }
 }
 
-// c + a tile of products: TILE_KEYS rows of `a`, of which step t reads a lane at t · step_bytes, by steps of lanes of `b`.
-INLINE void multiply(const enum Kind kind, const int groups, const char *a, int64_t row_bytes, int64_t step_bytes,
-                     const char *b, int64_t steps, Register c[TILE_KEYS][MOST_GROUPS * REGISTERS]) {
+// c + a tile of products: `rows` of `a`, of which step t reads a lane at t · step_bytes, by steps of lanes of `b`.
+INLINE void multiply(const enum Kind kind, const int rows, const int groups, const char *a, int64_t row_bytes,
+                     int64_t step_bytes, const char *b, int64_t steps,
+                     Register c[TILE_KEYS][MOST_GROUPS * REGISTERS]) {
+#pragma GCC unroll 4
   for (int64_t t = 0; t < steps; t++, a += step_bytes, b += groups * LANES * 4) {
     Register x[MOST_GROUPS * REGISTERS];
 #pragma GCC unroll 4
     for (int g = 0; g < groups * REGISTERS; g++) x[g] = load_register(b + g * WIDTH * 4);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_KEYS; i++) {
+    for (int i = 0; i < rows; i++) {
       Register y = splat(a + i * row_bytes);
 #pragma GCC unroll 4
       for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = dot(kind, c[i][g], y, x[g]);
@@ -143,7 +146,7 @@ INLINE void tile_scores(const enum Kind kind, const int groups, const int is_who
 #pragma GCC unroll 4
     for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
   const char *keys = (const char *)(b->keys + key * b->line);
-  multiply(kind, groups, keys, b->line * 4, 4, (const char *)column->queries, b->lanes, c);
+  multiply(kind, TILE_KEYS, groups, keys, b->line * 4, 4, (const char *)column->queries, b->lanes, c);
 #pragma GCC unroll 8
   for (int i = 0; i < TILE_KEYS; i++)
 #pragma GCC unroll 3
@@ -178,44 +181,63 @@ INLINE void powers(const enum Kind kind, const int groups, Block *b, Column *col
   F16 total[MOST_GROUPS], top[MOST_GROUPS];
 #pragma GCC unroll 3
   for (int g = 0; g < groups; g++) total[g] = all(0.f), top[g] = column->top[g];
-  for (int64_t key = 0; key < b->count; key += 2)
+  if (kind == BF16) {
+    for (int64_t key = 0; key < b->count; key += 2)
 #pragma GCC unroll 3
-    for (int g = 0; g < groups; g++) {
-      float *s = b->scores + (key * groups + g) * LANES, *next = s + groups * LANES;
-      F16 x = power(kind, load(s) - top[g]), y = power(kind, load(next) - top[g]);
-      total[g] += x + y;
-      if (kind == BF16) {
+      for (int g = 0; g < groups; g++) {
+        const float *s = b->scores + (key * groups + g) * LANES, *next = s + groups * LANES;
+        F16 x = power(kind, load(s) - top[g]), y = power(kind, load(next) - top[g]);
+        total[g] += x + y;
         store(b->scores + (key / 2 * groups + g) * LANES, power_pairs(x, y));
-      } else {
-        store(s, x);
-        store(next, y);
       }
-    }
+  } else {  // one key at a time: AVX2 has registers for no more
+    for (int64_t key = 0; key < b->count; key++)
+#pragma GCC unroll 3
+      for (int g = 0; g < groups; g++) {
+        float *s = b->scores + (key * groups + g) * LANES;
+        F16 x = power(kind, load(s) - top[g]);
+        total[g] += x;
+        store(s, x);
+      }
+  }
 #pragma GCC unroll 3
   for (int g = 0; g < groups; g++) column->total[g] = fma16(column->total[g], column->shrink[g], total[g]);
 }
 
-// Values weighed by the powers. Blocks are summed by themselves: one sum of thousands would round more.
-INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *column) {
+// Values weighed by the powers, of `rows` dims from `dim` on. Blocks are summed by themselves: one sum of thousands would round
+// more.
+INLINE void tile_sums(const enum Kind kind, const int rows, const int groups, const Block *b, const Column *column,
+                      int64_t dim) {
   int64_t steps = kind == BF16 ? (b->count + 1) / 2 : b->count;
-  for (int64_t dim = 0; dim < b->dims; dim += TILE_KEYS) {
-    float *sums = column->sums + dim * groups * LANES;
-    Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
+  float *sums = column->sums + dim * groups * LANES;
+  Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_KEYS; i++)
+  for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
-      for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
-    multiply(kind, groups, (const char *)(b->values + dim), 4, LINE(b->dims) * 4, (const char *)b->scores, steps, c);
+    for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
+  const char *values = (const char *)(b->values + dim);
+  multiply(kind, rows, groups, values, 4, LINE(b->dims) * 4, (const char *)b->scores, steps, c);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_KEYS; i++)
+  for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
-      for (int g = 0; g < groups; g++) {
-        F16 x;
-        memcpy(&x, &c[i][g * REGISTERS], sizeof x);
-        float *sum = sums + (i * groups + g) * LANES;
-        store(sum, b->is_first ? x : fma16(load(sum), column->shrink[g], x));
-      }
-  }
+    for (int g = 0; g < groups; g++) {
+      F16 x;
+      memcpy(&x, &c[i][g * REGISTERS], sizeof x);
+      float *sum = sums + (i * groups + g) * LANES;
+      store(sum, b->is_first ? x : fma16(load(sum), column->shrink[g], x));
+    }
+}
+
+INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *column) {
+  int64_t tiles = PADDED(b->dims) / TILE_KEYS, dim = 0;
+#if REGISTERS > 1
+  // The last tiles have fewer dims where all would have some that the head does not.
+  int64_t fewer = (PADDED(b->dims) - b->dims) / (TILE_KEYS - FEWER_DIMS);
+  for (; tiles > fewer; tiles--, dim += TILE_KEYS) tile_sums(kind, TILE_KEYS, groups, b, column, dim);
+  for (; tiles > 0; tiles--, dim += FEWER_DIMS) tile_sums(kind, FEWER_DIMS, groups, b, column, dim);
+#else
+  for (; tiles > 0; tiles--, dim += TILE_KEYS) tile_sums(kind, TILE_KEYS, groups, b, column, dim);
+#endif
 }
 
 // One function for each of these: what a tile keeps in registers shares them with nothing else.
@@ -350,7 +372,8 @@ static void attention(Pool *pool, const Attention *p, int threads) {
 #if defined(__AVX512BF16__)
   if (p->kind == BF16) task = attention_bf16;
 #endif
-  int64_t most = p->dims > NARROW ? WIDE_TASK_GROUPS : TASK_GROUPS;
-  AttentionTasks tasks = {p, (group_total(p) + most - 1) / most};
-  pool_run(pool, task, &tasks, p->samples * p->heads * tasks.parts, threads);
+  int64_t heads = p->samples * p->heads, groups = group_total(p), most = p->dims > NARROW ? WIDE_TASK_GROUPS : TASK_GROUPS;
+  if (most > SMALL_TASK_GROUPS && heads * ((groups + most - 1) / most) < TASKS_A_THREAD * threads) most = SMALL_TASK_GROUPS;
+  AttentionTasks tasks = {p, (groups + most - 1) / most};
+  pool_run(pool, task, &tasks, heads * tasks.parts, threads);
 }

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 8  // of these structs; library.py refuses a file of another one
+#define TILER_VERSION 9  // of these structs and of results; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };

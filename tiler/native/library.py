@@ -20,7 +20,7 @@ from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
 _INSTALL = "install tiler again (pip install -e . in its folder)"
-VERSION = 8  # of the structs below: that of kernels.h
+VERSION = 9  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
