@@ -35,7 +35,7 @@ typedef struct {
 } Column;
 
 typedef struct {
-  int64_t dims, lanes, line, count;  // lanes of a key, lanes between keys, keys that are there
+  int64_t dims, lanes, line, value_line, count;  // lanes of a key, lanes between keys and values, keys that are there
   int is_first;
   const float *next_keys, *next_values;  // of the next block, which has `ahead` keys
   int64_t ahead, key_step, value_step, columns;
@@ -90,23 +90,36 @@ INLINE F16 row_lanes(const enum Kind kind, const float *row, int64_t lane, int64
   return x;
 }
 
+// Rows of fp32 values side by side, zeros behind them up to a whole register.
+INLINE void copy_rows(const float *from, int64_t step, int64_t rows, int64_t dims, float *to, int64_t line) {
+  int64_t whole = dims / LANES * LANES;
+  for (int64_t i = 0; i < rows; i++, from += step, to += line) {
+    for (int64_t dim = 0; dim < whole; dim += LANES) store(to + dim, load(from + dim));
+    if (whole < dims) store(to + whole, load_some(from + whole, dims - whole));
+  }
+}
+
 // Keys [first, first + count) and their values.
 INLINE void copy_block(const enum Kind kind, const Attention *p, const float *keys, const float *values, int64_t first,
                        Block *b) {
-  const int64_t values_a_lane = kind == BF16 ? 2 : 1, rows = PADDED(b->count);
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t lane = 0; lane < b->line; lane += LANES) {
-      const float *key = keys + (first + i) * p->k_step[TOKEN];
-      int is_there = i < b->count && lane < b->lanes;
-      store(b->keys + i * b->line + lane, is_there ? row_lanes(kind, key, lane, b->dims, 1.f) : all(0.f));
-    }
-  for (int64_t i = 0; i < b->count; i += values_a_lane)
-    for (int64_t dim = 0; dim < LINE(b->dims); dim += LANES) {
-      F16 x[2] = {{0}, {0}};
-      for (int64_t j = 0; j < values_a_lane; j++)
-        if (i + j < b->count && dim < b->dims)
-          x[j] = load_some(values + (first + i + j) * p->v_step[TOKEN] + dim, b->dims - dim);
-      store(b->values + i / values_a_lane * LINE(b->dims) + dim, kind == BF16 ? pairs(x[0], x[1]) : x[0]);
+  keys += first * p->k_step[TOKEN], values += first * p->v_step[TOKEN];
+  const int64_t rows = PADDED(b->count), count = b->count, dims = b->dims, line = b->line, value_line = b->value_line;
+  for (int64_t i = count; i < rows; i++)
+    for (int64_t lane = 0; lane < line; lane += LANES) store(b->keys + i * line + lane, all(0.f));
+  if (kind == FP32) {
+    copy_rows(keys, p->k_step[TOKEN], count, dims, b->keys, line);
+    copy_rows(values, p->v_step[TOKEN], count, dims, b->values, value_line);
+    return;
+  }
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t lane = 0; lane < line; lane += LANES)
+      store(b->keys + i * line + lane, row_lanes(kind, keys + i * p->k_step[TOKEN], lane, dims, 1.f));
+  for (int64_t i = 0; i < count; i += 2)
+    for (int64_t dim = 0; dim < dims; dim += LANES) {
+      const float *value = values + i * p->v_step[TOKEN] + dim;
+      F16 x = load_some(value, dims - dim), next = all(0.f);
+      if (i + 1 < count) next = load_some(value + p->v_step[TOKEN], dims - dim);
+      store(b->values + i / 2 * value_line + dim, pairs(x, next));
     }
 }
 
@@ -208,7 +221,8 @@ INLINE void powers(const enum Kind kind, const int groups, Block *b, Column *col
 // more.
 INLINE void tile_sums(const enum Kind kind, const int rows, const int groups, const Block *b, const Column *column,
                       int64_t dim) {
-  int64_t steps = kind == BF16 ? (b->count + 1) / 2 : b->count;
+  const int64_t steps = kind == BF16 ? (b->count + 1) / 2 : b->count;
+  const int is_first = b->is_first;
   float *sums = column->sums + dim * groups * LANES;
   Register c[TILE_KEYS][MOST_GROUPS * REGISTERS];
 #pragma GCC unroll 8
@@ -216,7 +230,7 @@ INLINE void tile_sums(const enum Kind kind, const int rows, const int groups, co
 #pragma GCC unroll 4
     for (int g = 0; g < groups * REGISTERS; g++) c[i][g] = (Register){0};
   const char *values = (const char *)(b->values + dim);
-  multiply(kind, rows, groups, values, 4, LINE(b->dims) * 4, (const char *)b->scores, steps, c);
+  multiply(kind, rows, groups, values, 4, b->value_line * 4, (const char *)b->scores, steps, c);
 #pragma GCC unroll 8
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 3
@@ -224,7 +238,7 @@ INLINE void tile_sums(const enum Kind kind, const int rows, const int groups, co
       F16 x;
       memcpy(&x, &c[i][g * REGISTERS], sizeof x);
       float *sum = sums + (i * groups + g) * LANES;
-      store(sum, b->is_first ? x : fma16(load(sum), column->shrink[g], x));
+      store(sum, is_first ? x : fma16(load(sum), column->shrink[g], x));
     }
 }
 
@@ -284,6 +298,35 @@ INLINE void attend_block(const enum Kind kind, Block *b, Column *column) {
   (void)kind;
 }
 
+#if REGISTERS > 1
+// transpose_8 where only some rows and lanes are there: as many lines as lanes, of `width` values, zeros for rows that are not.
+static __attribute__((noinline)) void transpose_some(const float *rows, int64_t step, int64_t row_count, int64_t lane_count,
+                                                     F8 factor, float *lines, int64_t line, int64_t width) {
+  float from[64] = {0}, to[64];
+  if (lane_count > 8) lane_count = 8;
+  for (int64_t i = 0; i < row_count && i < 8; i++) memcpy(from + i * 8, rows + i * step, (size_t)lane_count * 4);
+  transpose_8(from, 8, factor, to, 8);
+  for (int64_t i = 0; i < lane_count; i++) memcpy(lines + i * line, to + i * 8, (size_t)width * 4);
+}
+
+// Queries from `first` on into the lanes of a column, zeros where there are none.
+INLINE void load_queries(const enum Kind kind, const Attention *p, const float *q, int64_t first, const Block *b,
+                         Column *column) {
+  (void)kind;
+  const int64_t step = p->q_step[TOKEN], line = column->groups * LANES;
+  const F8 factor = (F8){} + p->scale * LOG2_E;
+  for (int64_t at = 0; at < line; at += 8) {
+    int64_t left = p->queries - first - at;
+    const float *rows = q + (first + at) * step;
+    float *lines = column->queries + at;
+    for (int64_t dim = 0; dim < b->dims; dim += 8)
+      if (left >= 8 && dim + 8 <= b->dims)
+        transpose_8(rows + dim, step, factor, lines + dim * line, line);
+      else
+        transpose_some(rows + dim, step, left, b->dims - dim, factor, lines + dim * line, line, 8);
+  }
+}
+#else
 // Queries from `first` on into the lanes of a column, zeros where there are none.
 INLINE void load_queries(const enum Kind kind, const Attention *p, const float *q, int64_t first, const Block *b,
                          Column *column) {
@@ -300,6 +343,7 @@ INLINE void load_queries(const enum Kind kind, const Attention *p, const float *
         store(column->queries + ((lane + i) * column->groups + g) * LANES, r[i]);
     }
 }
+#endif
 
 // `head` counts over all samples.
 INLINE void store_results(const Attention *p, float *out, int64_t head, int64_t first, const Block *b, const Column *column) {
@@ -310,6 +354,21 @@ INLINE void store_results(const Attention *p, float *out, int64_t head, int64_t 
       store_some(p->top + at, column->top[g], p->queries - query);
       store_some(p->total + at, column->total[g], p->queries - query);
     }
+#if REGISTERS > 1
+    const int64_t line = column->groups * LANES, step = p->out_step[TOKEN];
+    for (int64_t half = 0; half < LANES && query + half < p->queries; half += 8) {
+      F8 factors;
+      memcpy(&factors, (const float *)&factor + half, sizeof factors);
+      const float *sums = column->sums + g * LANES + half;
+      float *lines = out + (query + half) * step;
+      int64_t left = p->queries - query - half;
+      for (int64_t dim = 0; dim < b->dims; dim += 8)
+        if (left >= 8 && dim + 8 <= b->dims)
+          transpose_8(sums + dim * line, line, factors, lines + dim, step);
+        else
+          transpose_some(sums + dim * line, line, b->dims - dim, left, factors, lines + dim, step, b->dims - dim < 8 ? b->dims - dim : 8);
+    }
+#else
     for (int64_t dim = 0; dim < b->dims; dim += LANES) {
       F16 r[LANES];
       for (int i = 0; i < LANES; i++)
@@ -318,6 +377,7 @@ INLINE void store_results(const Attention *p, float *out, int64_t head, int64_t 
       for (int i = 0; i < LANES && query + i < p->queries; i++)
         store_some(out + (query + i) * p->out_step[TOKEN] + dim, r[i], b->dims - dim);
     }
+#endif
   }
 }
 
@@ -335,6 +395,7 @@ INLINE void attention_task(const enum Kind kind, const AttentionTasks *tasks, in
   int64_t at = group_total(p) * part / tasks->parts, end = group_total(p) * (part + 1) / tasks->parts, first = at * LANES;
   Block b;
   b.dims = p->dims, b.lanes = kind == BF16 ? (p->dims + 1) / 2 : p->dims;
+  b.value_line = LINE(p->dims);
   b.line = kind == BF16 ? (b.lanes + LANES - 1) / LANES * LANES : LINE(p->dims);
   Column columns[TASK_GROUPS];
   int64_t count = 0;

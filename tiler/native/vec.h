@@ -172,6 +172,35 @@ INLINE void transpose(F16 r[LANES]) {
   EXCHANGE(8, LOW8, HIGH8)
 }
 
+// Eight rows of eight, `step` apart, times `factor` become eight lines, `line` apart: AVX2 has no registers for sixteen rows.
+typedef float F8 __attribute__((vector_size(32)));
+INLINE void transpose_8(const float *rows, int64_t step, F8 factor, float *lines, int64_t line) {
+  F8 a[8], b[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) {
+    memcpy(&a[i], rows + i * step, sizeof a[i]);
+    a[i] *= factor;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    F8 x = b[i % 2 + i / 2 * 4], y = b[i % 2 + i / 2 * 4 + 2];
+    a[2 * i] = __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13);
+    a[2 * i + 1] = __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    F8 low = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    F8 high = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    memcpy(lines + i * line, &low, sizeof low);
+    memcpy(lines + (i + 4) * line, &high, sizeof high);
+  }
+}
+
 // Lanes a distance d apart as (a, b) → (a + b, a − b); d is 1, 2, 4 or 8.
 #define SWAPPED1 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14
 #define SWAPPED2 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13
