@@ -390,6 +390,7 @@ def attentions(lib: Library) -> Iterator[Case]:
                 (2, 3, 40, 77, 40), (1, 2, 100, 301, 64), (1, 1, 49, 130, 72), (3, 2, 33, 121, 80),
                 (1, 2, 65, 240, 128), (1, 1, 70, 97, 160), (2, 1, 20, 49, 256), (2, 1, 101, 51, 512), (1, 2, 17, 25, 300), (1, 1, 1, 1, 1), (1, 2, 2, 5, 7),
                 (1, 1, 3, 12, 17), (1, 2, 4, 8, 47), (1, 1, 5, 77, 129), (2, 2, 6, 2, 16), (1, 1, 7, 119, 33),
+                (1, 8, 288, 7, 160),  # as many queries as a task takes
             ):  # fmt: skip
                 yield attention(kind, samples, heads, queries, keys, dims, apart=queries % 3)
 
@@ -473,4 +474,5 @@ def cases(lib: Library) -> list[Case]:
         image(3, (33, 17), (12, 24), Type.UINT8),
         *(winograd(lib, kind, 2, (41, 22), 40, 96) for kind in kinds(lib) if kind is not Kind.INT8),
         *(attention(kind, 2, 3, 300, 200, 40) for kind in kinds(lib) if kind is not Kind.INT8),
+        attention(Kind.FP32, 1, 8, 288, 20, 40),  # tasks of one thread have more queries
     ]

@@ -194,25 +194,30 @@ INLINE void powers(const enum Kind kind, const int groups, Block *b, Column *col
   F16 total[MOST_GROUPS], top[MOST_GROUPS];
 #pragma GCC unroll 3
   for (int g = 0; g < groups; g++) total[g] = all(0.f), top[g] = column->top[g];
-  if (kind == BF16) {
-    for (int64_t key = 0; key < b->count; key += 2)
+#if REGISTERS > 1
+  for (int64_t key = 0; key < b->count; key++)  // one at a time: AVX2 has no registers for two
 #pragma GCC unroll 3
-      for (int g = 0; g < groups; g++) {
-        const float *s = b->scores + (key * groups + g) * LANES, *next = s + groups * LANES;
-        F16 x = power(kind, load(s) - top[g]), y = power(kind, load(next) - top[g]);
-        total[g] += x + y;
+    for (int g = 0; g < groups; g++) {
+      float *s = b->scores + (key * groups + g) * LANES;
+      F16 x = power(kind, load(s) - top[g]);
+      total[g] += x;
+      store(s, x);
+    }
+#else
+  for (int64_t key = 0; key < b->count; key += 2)
+#pragma GCC unroll 3
+    for (int g = 0; g < groups; g++) {
+      float *s = b->scores + (key * groups + g) * LANES, *next = s + groups * LANES;
+      F16 x = power(kind, load(s) - top[g]), y = power(kind, load(next) - top[g]);
+      total[g] += x + y;
+      if (kind == BF16) {
         store(b->scores + (key / 2 * groups + g) * LANES, power_pairs(x, y));
-      }
-  } else {  // one key at a time: AVX2 has registers for no more
-    for (int64_t key = 0; key < b->count; key++)
-#pragma GCC unroll 3
-      for (int g = 0; g < groups; g++) {
-        float *s = b->scores + (key * groups + g) * LANES;
-        F16 x = power(kind, load(s) - top[g]);
-        total[g] += x;
+      } else {
         store(s, x);
+        store(next, y);
       }
-  }
+    }
+#endif
 #pragma GCC unroll 3
   for (int g = 0; g < groups; g++) column->total[g] = fma16(column->total[g], column->shrink[g], total[g]);
 }
