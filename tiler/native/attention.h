@@ -6,7 +6,8 @@
 #include "dot.h"
 #include "pool.h"
 
-// Keys at a time, or dims of the result, and registers of 16 queries beside them: a tile of sums that stays in registers.
+// Keys at a time, or dims of the result, and registers of 16 queries beside them: a tile of sums that stays in registers. The last
+// tiles of a head may have FEWER_DIMS.
 #if REGISTERS == 1
 enum { TILE_KEYS = 8, MOST_GROUPS = 3 };
 #else
@@ -15,11 +16,12 @@ enum { TILE_KEYS = 6, FEWER_DIMS = 4, MOST_GROUPS = 1 };
 // A head's dims at most; keys of a block and groups of 16 queries of a task, fewer for heads above NARROW and above WIDE. The more
 // queries a task has the fewer copies of keys and values; SMALL_TASK_GROUPS where threads would lack tasks. All lies on the stack.
 enum { MOST_DIMS = 512, NARROW = 160, KEY_BLOCK = 120, TASK_GROUPS = 18, SMALL_TASK_GROUPS = 12 };
-enum { WIDE = 256, WIDE_KEY_BLOCK = 48, WIDEST_KEY_BLOCK = 24, WIDE_TASK_GROUPS = 6 };
+enum { WIDE = 256, WIDE_KEY_BLOCK = 72, WIDEST_KEY_BLOCK = 48, WIDE_TASK_GROUPS = 6 };
 #define PADDED(dims) (((dims) + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS)
 #define LINE(dims) ((PADDED(dims) + LANES - 1) / LANES * LANES)  // lanes from one key or value to the next
-#define TASK_LANES \
-  (TASK_GROUPS * LINE(NARROW) > WIDE_TASK_GROUPS * LINE(MOST_DIMS) ? TASK_GROUPS * LINE(NARROW) : WIDE_TASK_GROUPS * LINE(MOST_DIMS))
+#define MORE(a, b) ((a) > (b) ? (a) : (b))
+#define TASK_LANES MORE(TASK_GROUPS * LINE(NARROW), WIDE_TASK_GROUPS * LINE(MOST_DIMS))
+#define BLOCK_LANES MORE(KEY_BLOCK * LINE(NARROW), MORE(WIDE_KEY_BLOCK * LINE(WIDE), WIDEST_KEY_BLOCK * LINE(MOST_DIMS)))
 #define NO_SCORE (-__builtin_inff())
 
 typedef struct {
@@ -40,12 +42,10 @@ typedef struct {
   const float *next_keys, *next_values;  // of the next block, which has `ahead` keys
   int64_t ahead, key_step, value_step, columns;
   _Alignas(64) float scores[KEY_BLOCK * MOST_GROUPS * LANES];
-  _Alignas(64) float keys[KEY_BLOCK * LINE(NARROW)], values[KEY_BLOCK * LINE(NARROW)];
+  _Alignas(64) float keys[BLOCK_LANES], values[BLOCK_LANES];
   _Alignas(64) float queries[TASK_LANES * LANES], sums[TASK_LANES * LANES];
 } Block;
 
-_Static_assert(WIDE_KEY_BLOCK * LINE(WIDE) <= KEY_BLOCK * LINE(NARROW), "keys of wide heads fit");
-_Static_assert(WIDEST_KEY_BLOCK * LINE(MOST_DIMS) <= KEY_BLOCK * LINE(NARROW), "and of the widest");
 _Static_assert(KEY_BLOCK % TILE_KEYS == 0 && WIDE_KEY_BLOCK % TILE_KEYS == 0 && WIDEST_KEY_BLOCK % TILE_KEYS == 0, "whole tiles");
 
 // 2ˣ for x ≤ 0, in fp32 below −126 as there: relative error below 8e-8 and rounding for fp32, 8e-5 where the result becomes bf16
@@ -250,7 +250,7 @@ INLINE void tile_sums(const enum Kind kind, const int rows, const int groups, co
 INLINE void weigh(const enum Kind kind, const int groups, Block *b, Column *column) {
   int64_t tiles = PADDED(b->dims) / TILE_KEYS, dim = 0;
 #if REGISTERS > 1
-  // The last tiles have fewer dims where all would have some that the head does not.
+  // 80 dims are 12 tiles of 6 and 2 of 4, not 14 of 6 that go beyond them.
   int64_t fewer = (PADDED(b->dims) - b->dims) / (TILE_KEYS - FEWER_DIMS);
   for (; tiles > fewer; tiles--, dim += TILE_KEYS) tile_sums(kind, TILE_KEYS, groups, b, column, dim);
   for (; tiles > 0; tiles--, dim += FEWER_DIMS) tile_sums(kind, FEWER_DIMS, groups, b, column, dim);
@@ -367,11 +367,13 @@ INLINE void store_results(const Attention *p, float *out, int64_t head, int64_t 
       const float *sums = column->sums + g * LANES + half;
       float *lines = out + (query + half) * step;
       int64_t left = p->queries - query - half;
-      for (int64_t dim = 0; dim < b->dims; dim += 8)
-        if (left >= 8 && dim + 8 <= b->dims)
+      for (int64_t dim = 0; dim < b->dims; dim += 8) {
+        int64_t dims = b->dims - dim < 8 ? b->dims - dim : 8;
+        if (left >= 8 && dims == 8)
           transpose_8(sums + dim * line, line, factors, lines + dim, step);
         else
-          transpose_some(sums + dim * line, line, b->dims - dim, left, factors, lines + dim, step, b->dims - dim < 8 ? b->dims - dim : 8);
+          transpose_some(sums + dim * line, line, dims, left, factors, lines + dim, step, dims);
+      }
     }
 #else
     for (int64_t dim = 0; dim < b->dims; dim += LANES) {
