@@ -60,13 +60,15 @@ KERNELS_OF: Annotated[
         "attention": ("native-attention", "fp32"),
     },
     # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, native-fp32 1.29 and 1.22;
-    # linear: native-int8 0.58 and 0.54, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93; 0.73, 1.01. On a
-    # Zen 3 server, which has AVX2 alone: native-winograd 0.53 and 0.31, winograd 0.56 and 0.33, native-int8 0.57 and
-    # 0.54, native-fp32 1.25 and 1.04; linear, of 14.6 and 13.2 ms: native-int8 0.59 and 0.50, native-fp32 0.85 and
-    # 0.85; a pass of SD 1.5 in fp32, two samples, 21.4–23.3 s with native-fp32 and 22.9–23.4 with fp32. In int8, a
-    # pass of ten samples took 71.8 s there with int8 first and 72.3 with native-winograd first; int8 products
-    # have since become 1.19 times as fast. The 78 convolutions of SD 1.5 that are not transformed, Zen 4: native-fp32
-    # 2.83 s a sample, fp32 2.87, oneDNN with weights in its own order 2.41, which was not worth a kernel.
+    # linear: native-int8 0.58 and 0.54, native-fp32 1.01 and 1.14; native-attention 0.86, 0.91, 0.93; 0.73, 1.01.
+    # On a Zen 3 server, which has AVX2 alone: native-winograd 0.53 and 0.31, winograd 0.56 and 0.33, native-int8
+    # 0.57 and 0.54, native-fp32 1.25 and 1.04; linear, of 14.6 and 13.2 ms: native-int8 0.59 and 0.50, native-fp32
+    # 0.85 and 0.85; native-attention, changed since it was measured on Zen 4, 0.74, 0.82, 0.86; 0.60, 0.81 (before:
+    # 0.82, 0.97, 1.03; 0.70, 0.95); a pass of SD 1.5 in fp32, two samples, 21.4–23.3 s with native-fp32 and
+    # 22.9–23.4 with fp32. In int8, a pass of ten samples took 71.8 s there with int8 first and 72.3 with
+    # native-winograd first; int8 products have since become 1.19 times as fast. The 78 convolutions of SD 1.5 that
+    # are not transformed, Zen 4: native-fp32 2.83 s a sample, fp32 2.87, oneDNN with weights in its own order 2.41,
+    # which was not worth a kernel.
     Isa.AVX2: {
         "linear": ("native-int8", "native-fp32", "fp32"),
         "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),
