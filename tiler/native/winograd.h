@@ -29,6 +29,8 @@ INLINE void seen_of_tile(const enum Kind kind, const WinogradTasks *t, int64_t n
   int64_t point = t->count * t->seen_bytes;
   for (int64_t c = 0; c < p->channels; c += LANES) {
     F16 half[SEEN * SEEN], points[SEEN * SEEN];
+    // Lines that are far from each other are fetched while the ones before are computed.
+    for (int i = 0; i < WINOGRAD_POINTS; i++) __builtin_prefetch(out + i * point + (c + LANES) * (kind == BF16 ? 2 : 4), 1);
     for (int j = 0; j < SEEN; j++) {
       F16 x[SEEN];
       for (int i = 0; i < SEEN; i++) {
@@ -62,6 +64,7 @@ static void result_of_tile(const void *context, int64_t number) {
   const float *products = p->products + number * t->outputs;
   for (int64_t c = 0; c < p->outputs; c += LANES) {
     int64_t count = p->outputs - c;
+    for (int i = 0; i < WINOGRAD_POINTS; i++) __builtin_prefetch(products + i * point + c + LANES);
     F16 half[SIDE * SEEN], out[SIDE * SIDE], bias = p->bias ? load_some(p->bias + c, count) : all(0.f);
     for (int j = 0; j < SEEN; j++) {
       F16 m[SEEN];
@@ -95,11 +98,12 @@ static void winograd(Pool *pool, const Winograd *p, int threads) {
 #endif
   WinogradTasks t = {.call = p, .down = (p->height + SIDE - 1) / SIDE, .across = (p->width + SIDE - 1) / SIDE};
   int64_t steps = is_bf16 ? (p->channels + 1) / 2 : p->channels, tiles = p->images * t.down * t.across;
-  int64_t panels = (tiles + WINOGRAD_TILES - 1) / WINOGRAD_TILES, parts = 1;
+  int64_t panels = (tiles + WINOGRAD_TILES - 1) / WINOGRAD_TILES, rows = (tiles + TILE_ROWS - 1) / TILE_ROWS, parts = 1;
   t.seen_bytes = steps * 4, t.outputs = (p->outputs + LANES - 1) / LANES * LANES;
   while (parts * WINOGRAD_POINTS < TASKS_A_THREAD * threads && parts * 2 * GROUP <= t.outputs) parts *= 2;
   for (int64_t panel = 0; panel < panels; panel++) {
-    t.first = tiles * panel / panels, t.count = tiles * (panel + 1) / panels - t.first;
+    int64_t last = rows * (panel + 1) / panels * TILE_ROWS;  // whole tiles of the product, except at the end
+    t.first = rows * panel / panels * TILE_ROWS, t.count = (last < tiles ? last : tiles) - t.first;
     for (int64_t i = 0; i < WINOGRAD_POINTS; i++) {
       t.product[i] = (Product){
           .kind = p->kind, .activation = NO_ACTIVATION, .out_type = AS_FP32, .taps = 1, .rows = t.count, .outputs = t.outputs,
