@@ -30,6 +30,7 @@ KERNELS_OF: Annotated[
         "convolution": (
             "native-enlarged-bf16",
             "native-int8",
+            "native-winograd-enlarged",
             "native-winograd",
             "native-bf16",
             "native-fp32",
@@ -45,6 +46,7 @@ KERNELS_OF: Annotated[
         "linear": ("native-int8", "native-fp32", "fp32"),
         "convolution": (
             "native-int8",
+            "native-winograd-enlarged",
             "native-winograd",
             "winograd",
             "native-fp32",
@@ -56,7 +58,14 @@ KERNELS_OF: Annotated[
     # width, everything else is as in AVX2.
     Isa.AVX2_VNNI: {
         "linear": ("native-int8", "fp32"),
-        "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),
+        "convolution": (
+            "native-int8",
+            "native-winograd-enlarged",
+            "native-winograd",
+            "winograd",
+            "native-fp32",
+            "fp32",
+        ),
         "attention": ("native-attention", "fp32"),
     },
     # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, native-fp32 1.29 and 1.22;
@@ -69,7 +78,14 @@ KERNELS_OF: Annotated[
     # 2.83 s a sample, fp32 2.87, oneDNN with weights in its own order 2.41, which was not worth a kernel.
     Isa.AVX2: {
         "linear": ("native-int8", "native-fp32", "fp32"),
-        "convolution": ("native-int8", "native-winograd", "winograd", "native-fp32", "fp32"),
+        "convolution": (
+            "native-int8",
+            "native-winograd-enlarged",
+            "native-winograd",
+            "winograd",
+            "native-fp32",
+            "fp32",
+        ),
         "attention": ("native-attention", "fp32"),
     },
     # Not measured: fp32 is known to work.
