@@ -97,8 +97,8 @@ class NativeWinograd(NativeFp32):
             return
         (points,), (weight,) = piece.tensors, op.group.weights
         call = library.Winograd(
-            kind=self.kind, enlarged=self.enlarges, images=count, lines=lines, places=places, channels=channels, height=out.shape[2],
-            width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
+            kind=self.kind, enlarged=self.enlarges, images=count, lines=lines, places=places, channels=channels,
+            height=out.shape[2], width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
             weights=points.data_ptr(), point_bytes=points[0].nbytes, bias=address(weight.bias, first),
             residual=address(residual, first), out=address(out, first), out_step=out.shape[1],
             residual_step=out.shape[1], seen=seen.data_ptr(), products=products.data_ptr(),

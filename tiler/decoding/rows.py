@@ -162,7 +162,9 @@ class Conv(Stage):
             taken += fresh
             part = out[:, :, scale * top : scale * bottom]
             window.compute(seen, part, None if residual is None else residual(bottom - top))
-            tail = seen[len(seen) - beyond :].clone()
+            tail = seen[len(seen) - beyond :]
+            if bottom == count or step < beyond:  # else it does not overlap the lines to which it goes next
+                tail = tail.clone()
         self.tail = None if last or not self.halo else self._with(window, tail, x, taken)
         return out if count else None
 
@@ -388,21 +390,3 @@ def strip_before(begin: int, rows: int) -> int:
     row `begin` on are right to the last bit: by then the effects of an artificial top and of strips cut differently
     have passed."""
     return max(0, (begin // FACTOR - 2 * REACH) // rows - 1)
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 → (1, 3, H, W) fp32 in [-1, 1]."""
-    return from_pixels_(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float())
-
-
-def from_pixels_(x: Tensor) -> Tensor:
-    """fp32 pixels, 0 to 255 → [-1, 1], in place."""
-    return x.div_(127.5).sub_(1)
-
-
-def to_uint8(strip: Tensor) -> np.ndarray:
-    """(3, n, W) in about [-1, 1] → (n, W, 3) uint8, rounded as diffusers' VaeImageProcessor does."""
-    image: np.ndarray = (
-        (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    )
-    return image
