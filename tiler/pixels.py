@@ -16,7 +16,8 @@ from tiler.compute.stream import Streamer
 from tiler.decoding import FACTOR, method
 from tiler.decoding.kept import KeptRows
 from tiler.decoding.method import DecodePlan, Others
-from tiler.decoding.rows import Latents, to_uint8
+from tiler.decoding.pictures import to_uint8
+from tiler.decoding.rows import Latents
 from tiler.decoding.spool import Spool
 from tiler.diffusion.stored import StoredArray
 from tiler.errors import NumericalError

@@ -21,7 +21,7 @@ from torch import Tensor
 from tiler.decoding import method, tiny
 from tiler.decoding.colours import fit_colours, paint, reduced
 from tiler.decoding.method import ScratchSpace
-from tiler.decoding.rows import to_uint8
+from tiler.decoding.pictures import to_uint8
 from tiler.diffusion.schedulers import DiffusersSchedule
 from tiler.errors import BudgetExceeded, StorageError, UsageError
 from tiler.events import Phase, Shown

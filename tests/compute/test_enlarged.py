@@ -1,7 +1,9 @@
-"""Convolutions of enlarged images as four smaller ones: against fp64, with any cut of their weights, and as planned."""
+"""Convolutions of enlarged images as four smaller ones, or transformed: against fp64, with any cut of their weights,
+and as planned."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tiler.compute.int8 import quantize_rows
 from tiler.compute.layers import stream_layers
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
+from tiler.decoding.rows import Up
 from tiler.models.blocks import Upsampler
 from tiler.native import library
 from tiler.weights.blocks import blocked
@@ -21,14 +24,15 @@ from tiler.weights.index import read_index
 from tiler.weights.layouts import understood
 from tiler.weights.store import SCALE, WeightStore, match_index
 
-ERRORS = {"int8": 4e-3, "bf16": 4e-3, "fp32": 2e-6}  # of what int8 weights stand for
+ERRORS = {"int8": 4e-3, "bf16": 4e-3, "fp32": 2e-6, "transformed": 4e-7}  # of what int8 weights stand for
+KERNELS = {"fp32": None, "transformed": "native-winograd-enlarged"}  # of the others: native-enlarged-bf16
 WEIGHT = "conv.weight"
 pytestmark = pytest.mark.skipif(library.library() is None, reason=f"the library is {library.fault()}")
 
 
 @pytest.fixture(params=ERRORS)
 def precision(request: pytest.FixtureRequest) -> str:
-    if request.param != "fp32" and not library.has_bf16():
+    if request.param not in KERNELS and not library.has_bf16():
         pytest.skip("no bf16 here")
     return str(request.param)
 
@@ -36,6 +40,7 @@ def precision(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def every_layer_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tiler.compute.layers.SMALL", 500)
+    monkeypatch.setattr("tiler.compute.native_winograd.NATIVE_WINOGRAD_CHANNELS", 64)
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def upsampler(precision: str, tmp_path: Path) -> Upsample2D:
 
 def images() -> list[tuple[Tensor]]:
     torch.manual_seed(4)
-    return [(torch.randn(1, 64, 7, 5) + 0.5,) for _ in range(3)]
+    return [(torch.randn(1, 64, 17, 21) + 0.5,) for _ in range(3)]
 
 
 def run(
@@ -63,11 +68,11 @@ def run(
     module = Upsample2D(64, use_conv=True).to("meta")
     keys = frozenset({WEIGHT} if precision == "bf16" else ())
     with WeightStore(match_index(module, understood(read_index(path)), lambda name: [name]), **options) as store:
-        streamer = Streamer(store, arena_bytes=arena, bf16_keys=keys)
+        streamer = Streamer(store, arena_bytes=arena, bf16_keys=keys, transform=precision == "transformed")
         stream_layers(module, streamer)
         upsampler = Upsampler(module)
-        kernel = streamer.kernel(upsampler.conv.op(), None).name
-        assert (kernel == "native-enlarged-bf16") is (precision != "fp32")
+        kernel, wanted = streamer.kernel(upsampler.conv.op(), None).name, KERNELS.get(precision, "native-enlarged-bf16")
+        assert kernel == wanted or (wanted is None and "enlarged" not in kernel)
         assert not module.conv.enlarges  # the module itself is as it was
         return streamer.run(upsampler, list(inputs))
 
@@ -94,6 +99,29 @@ def test_nan_reaches_the_result(upsampler: Upsample2D, precision: str, tmp_path:
 
 
 @torch.no_grad()
+def test_rows_of_an_enlarged_image_do_not_depend_on_how_they_come(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    module = Upsample2D(64, use_conv=True).requires_grad_(False)
+    save_file(dict(module.state_dict()), tmp_path / "w.safetensors")
+    x = torch.randn(1, 64, 23, 33).to(memory_format=torch.channels_last)
+    want = module.double()(x.double())
+    streamed = Upsample2D(64, use_conv=True).to("meta")
+    with WeightStore(match_index(streamed, read_index(tmp_path / "w.safetensors"), lambda name: [name])) as store:
+        streamer = Streamer(store)
+        stream_layers(streamed, streamer)
+        results = []
+        for cuts in ([0, 23], [0, 1, 2, 3, 9, 22, 23], [0, 4, 16, 23]):
+            stage = Up(streamed.conv)
+            with streamer.hold_transformed(streamed):
+                assert stage.conv.takes_small and stage.conv.together == 4
+                parts = [stage.push(x[:, :, a:b], b == 23) for a, b in pairwise(cuts)]
+            results.append(torch.cat([part for part in parts if part is not None], dim=2))
+    assert results[0].shape == want.shape
+    assert (results[0] - want).norm() < ERRORS["transformed"] * want.norm()
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("precision", ["int8", "bf16"])
 def test_what_is_held_is_planned(precision: str) -> None:
     """Sixteen weights of an input and an output instead of nine."""
@@ -107,3 +135,15 @@ def test_what_is_held_is_planned(precision: str) -> None:
         streamer.run(Upsampler(module), [(torch.empty(1, 512, 1, 1, device="meta"),)])
     held = 2 * 16 * 512 * 512
     assert held < meter.peak_bytes < 1.75 * held  # beside them, the nine as they were read
+
+
+@torch.no_grad()
+def test_transformed_weights_are_planned() -> None:
+    """Twenty-five of an input and an output instead of nine."""
+    module = Upsample2D(512, use_conv=True).to("meta")
+    streamer = Streamer(None, transform=True)
+    stream_layers(module, streamer)
+    with MetaMeter() as meter:
+        streamer.run(Upsampler(module), [(torch.empty(1, 512, 16, 16, device="meta"),)])
+    held = 4 * 25 * 512 * 512
+    assert held < meter.peak_bytes < 1.75 * held

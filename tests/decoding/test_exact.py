@@ -24,7 +24,7 @@ from tiler.decoding import attention, exact, frozen, scratch, work
 from tiler.decoding import method as method
 from tiler.decoding.directions import DECODER
 from tiler.decoding.method import ScratchSpace
-from tiler.decoding.rows import to_tensor
+from tiler.decoding.pictures import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Pooled

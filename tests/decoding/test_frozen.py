@@ -18,7 +18,8 @@ from tiler.decoding import frozen
 from tiler.decoding import method as method
 from tiler.decoding import tiny as tiny_decoder
 from tiler.decoding.method import ScratchSpace
-from tiler.decoding.rows import REACH, decoder_stages, flow, to_tensor, to_uint8
+from tiler.decoding.pictures import to_tensor, to_uint8
+from tiler.decoding.rows import REACH, decoder_stages, flow
 from tiler.decoding.scratch import Scratch
 from tiler.models import family as families
 from tiler.request import Decode, ScratchDtype, Wrap

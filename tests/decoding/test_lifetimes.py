@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from tiler.decoding import exact, frozen, method, scratch
-from tiler.decoding.rows import to_tensor
+from tiler.decoding.pictures import to_tensor
 from tiler.decoding.scratch import Rows, Scratch
 from tiler.errors import NumericalError, StorageError
 from tiler.models import family as families

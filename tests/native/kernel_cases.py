@@ -404,13 +404,13 @@ def packed(kind: Kind, outputs: int, inputs: int, side: int) -> Case:
     return Case(call, (weight, out), out, want.double(), 0.0)
 
 
-def transformed(weight: Tensor, kind: Kind, lib: Library) -> tuple[Tensor, int]:
+def transformed(weight: Tensor, kind: Kind, lib: Library, *, enlarged: bool = False) -> tuple[Tensor, int]:
     """A weight (outputs, inputs, 3, 3) in the form that `Winograd` takes, and the bytes from one point to the next."""
     outputs, inputs = weight.shape[:2]
     point = -(-outputs // 16) * -(-inputs // VALUES[kind]) * 64
-    points = torch.empty(36 * point // 4)
+    points = torch.empty((25 if enlarged else 36) * point // 4)
     call = Pack(
-        kind=kind, is_transformed=True, outputs=outputs, inputs=inputs, taps=9, rows=address(weight),
+        kind=kind, is_transformed=True, enlarged=enlarged, outputs=outputs, inputs=inputs, taps=9, rows=address(weight),
         out=address(points), point_bytes=point,
     )  # fmt: skip
     lib.pack(call, 2)
@@ -442,6 +442,27 @@ def winograd(
     return Case(call, tensors, out, want.contiguous(), 1e-6 if kind is Kind.FP32 else 1.5e-2)
 
 
+def enlarged(lib: Library, kind: Kind, images: int, sides: tuple[int, int], inputs: int, outputs: int) -> Case:
+    """The same for images that are enlarged first, with both sides doubled; the frame of the small ones is stored."""
+    torch.manual_seed(inputs + outputs)
+    weight, bias = torch.randn(outputs, inputs, 3, 3) / 8, torch.randn(outputs)
+    small = torch.randn(images, inputs, *sides)
+    large = F.interpolate(small.double(), scale_factor=2.0, mode="nearest")
+    want = F.conv2d(large, weight.double(), bias.double(), padding=1).movedim(1, -1)
+    x = F.pad(small, (1, 1, 1, 1)).movedim(1, -1).contiguous()
+    points, point = transformed(weight, kind, lib, enlarged=True)
+    out = torch.full(want.shape, 99.0)
+    seen, products = torch.empty(16 * 96 * -(-inputs // VALUES[kind])), torch.empty(25 * 96 * padded(outputs, 16))
+    call = Winograd(
+        kind=kind, enlarged=True, images=images, lines=x.shape[1], places=x.shape[2], channels=inputs,
+        height=want.shape[1], width=want.shape[2], outputs=outputs, a=address(x), image_step=x[0].numel(),
+        weights=address(points), point_bytes=point, bias=address(bias), out=address(out), out_step=outputs,
+        seen=address(seen), products=address(products),
+    )  # fmt: skip
+    tensors = (x, points, bias, out, seen, products)
+    return Case(call, tensors, out, want.contiguous(), 4e-7 if kind is Kind.FP32 else 1.5e-2)
+
+
 def weights(lib: Library) -> Iterator[Case]:
     for kind in Kind:
         if kind is not Kind.INT8:
@@ -456,6 +477,9 @@ def transforms(lib: Library) -> Iterator[Case]:
             yield winograd(lib, kind, 2, (9, 7), 21, 33)
             yield winograd(lib, kind, 1, (41, 42), 16, 16)
             yield winograd(lib, kind, 3, (5, 1), 3, 1, frame=0)
+            yield enlarged(lib, kind, 1, (8, 8), 32, 64)
+            yield enlarged(lib, kind, 2, (9, 7), 21, 33)
+            yield enlarged(lib, kind, 3, (21, 1), 3, 1)
 
 
 def cases(lib: Library) -> list[Case]:
@@ -472,7 +496,12 @@ def cases(lib: Library) -> list[Case]:
         tokens(203, 96, Type.UINT8, norm=True),
         tokens(67, 192, Type.UINT8, norm=True, rotated=True),
         image(3, (33, 17), (12, 24), Type.UINT8),
-        *(winograd(lib, kind, 2, (41, 22), 40, 96) for kind in kinds(lib) if kind is not Kind.INT8),
+        *(
+            make(lib, kind, 2, (41, 22), 40, 96)
+            for make in (winograd, enlarged)
+            for kind in kinds(lib)
+            if kind is not Kind.INT8
+        ),
         *(attention(kind, 2, 3, 300, 200, 40) for kind in kinds(lib) if kind is not Kind.INT8),
         attention(Kind.FP32, 1, 8, 288, 20, 40),  # tasks of one thread have more queries
     ]

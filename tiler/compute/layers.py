@@ -88,6 +88,11 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
         """The number of rows of the result that are computed at once: inputs should be cut at multiples of it."""
         return self.streamer.kernel(self.op(), None).rows_together
 
+    @property
+    def takes_small(self) -> bool:
+        """Whether it `enlarges` and its kernel enlarges the input itself."""
+        return self.enlarges and self.streamer.kernel(self.op(), None).enlarges
+
 
 class SmallLinear(nn.Linear):
     """A linear layer whose weight stays in memory."""

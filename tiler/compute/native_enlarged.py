@@ -3,7 +3,7 @@ convolutions of the images themselves: one for the places of the result with an 
 Weights that meet the same pixel are added up as they are prepared, so there are 4/9 of the multiplications.
 
 In bf16 only, which takes the weights of int8 files too: rounded to int8 once more, a call of SD 1.5 lost 1.46 % instead
-of 1.40. In fp32 transformed convolutions (native_winograd.py) save as much.
+of 1.40. In fp32 transformed convolutions (native_winograd_enlarged.py) save more.
 """
 
 from __future__ import annotations

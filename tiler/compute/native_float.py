@@ -177,9 +177,11 @@ class NativeBf16(NativeFp32):
         return library.has_bf16() and super().suits(op, shape, policy)
 
 
-def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *, point_bytes: int = 0) -> None:
+def pack(
+    store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *, point_bytes: int = 0, enlarged: bool = False
+) -> None:
     """Fill `out`, 32-bit lanes, with a weight in the library's order; the weight is transformed if `point_bytes`, the
-    distance between two points, is given."""
+    distance between two points, is given, for images that are `enlarged` first if so."""
     inputs, *sides = weight.meta.shape[1:]
     taps, at = math.prod(sides), out.data_ptr()
     block = (point_bytes * OUTPUTS // weight.outputs) if point_bytes else out.nbytes * OUTPUTS // weight.outputs
@@ -187,7 +189,7 @@ def pack(store: WeightStore, weight: Weight, out: Tensor, kind: library.Kind, *,
         rows = torch.empty(piece.last - piece.first, *weight.meta.shape[1:])
         store.fetch(piece, rows)
         call = library.Pack(
-            kind=kind, is_transformed=point_bytes > 0, outputs=len(rows), inputs=inputs, taps=taps,
+            kind=kind, is_transformed=point_bytes > 0, enlarged=enlarged, outputs=len(rows), inputs=inputs, taps=taps,
             rows=rows.data_ptr(), out=at + first // OUTPUTS * block, point_bytes=point_bytes,
         )  # fmt: skip
         needed_library().pack(call, torch.get_num_threads())

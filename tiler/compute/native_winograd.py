@@ -27,12 +27,13 @@ from tiler.native.library import WINOGRAD_POINTS, WINOGRAD_SIDE, WINOGRAD_TILES
 from tiler.weights.blocks import OUTPUTS
 from tiler.weights.store import WeightStore
 
-_POINT_BYTES = 4 * WINOGRAD_POINTS  # bytes of a transformed 3 × 3 weight
-
 
 class NativeWinograd(NativeFp32):
+    """`points` are the products of a tile, `seen` the values that they multiply."""
+
     name = "native-winograd"
     rows_together = WINOGRAD_SIDE
+    points, seen = WINOGRAD_POINTS, WINOGRAD_POINTS
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         """Whether the kernel can run the operation. An arena of the usual size must have room for the transformed
@@ -48,18 +49,18 @@ class NativeWinograd(NativeFp32):
         )
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
-        return _POINT_BYTES * op.group.numel // 9 // self.values_a_lane
+        return 4 * self.points * op.group.numel // 9 // self.values_a_lane
 
     def _steps(self, store: WeightStore | None, op: Op, place: Place) -> range:
         """The first outputs of the weight's pieces, whose size fits the arena."""
-        total, point_bytes = op.group.shape[0], _POINT_BYTES * op.group.shape[1] // self.values_a_lane
+        total, point_bytes = op.group.shape[0], 4 * self.points * op.group.shape[1] // self.values_a_lane
         rows = total if place.stays else min(total, max(OUTPUTS, place.arena_bytes // point_bytes // OUTPUTS * OUTPUTS))
         return range(0, total, rows)
 
     def _planned(self, op: Op, place: Place) -> Iterator[Prepared]:
         (weight,), steps = op.group.weights, self._steps(None, op, place)
         rows = 0 if place.stays else min(steps.step, weight.outputs)
-        planned = weight.meta.new_empty(WINOGRAD_POINTS * op.group.shape[1] * rows // self.values_a_lane)
+        planned = weight.meta.new_empty(self.points * op.group.shape[1] * rows // self.values_a_lane)
         yield Prepared(0, weight.outputs, ())
         del planned
 
@@ -71,10 +72,10 @@ class NativeWinograd(NativeFp32):
         )
         for first in steps:
             last = min(first + steps.step, weight.outputs)
-            points = place.room(WINOGRAD_POINTS * lanes * (last - first), torch.float32).view(WINOGRAD_POINTS, -1)
+            points = place.room(self.points * lanes * (last - first), torch.float32).view(self.points, -1)
             place.keep(points.nbytes)
             some = replace(weight, first=weight.first + first, meta=weight.meta[first:last])
-            pack(store, some, points, self.kind, point_bytes=points[0].nbytes)
+            pack(store, some, points, self.kind, point_bytes=points[0].nbytes, enlarged=self.enlarges)
             yield Prepared(first, last, (points,))
 
     def apply(self, op: Op, x: Operands, prepared: Iterable[Prepared]) -> tuple[Tensor, ...]:
@@ -90,14 +91,14 @@ class NativeWinograd(NativeFp32):
     def _convolve(self, op: Op, made: Made, piece: Prepared, out: Tensor, residual: Tensor | None) -> None:
         images, first, outputs = made.input.values, piece.first, piece.last - piece.first
         count, lines, places, channels = images.shape
-        seen = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * channels // self.values_a_lane)
-        products = images.new_empty(WINOGRAD_POINTS * WINOGRAD_TILES * outputs)
+        seen = images.new_empty(self.seen * WINOGRAD_TILES * channels // self.values_a_lane)
+        products = images.new_empty(self.points * WINOGRAD_TILES * outputs)
         if out.is_meta:
             return
         (points,), (weight,) = piece.tensors, op.group.weights
         call = library.Winograd(
-            kind=self.kind, images=count, lines=lines, places=places, channels=channels, height=out.shape[2],
-            width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
+            kind=self.kind, enlarged=self.enlarges, images=count, lines=lines, places=places, channels=channels,
+            height=out.shape[2], width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
             weights=points.data_ptr(), point_bytes=points[0].nbytes, bias=address(weight.bias, first),
             residual=address(residual, first), out=address(out, first), out_step=out.shape[1],
             residual_step=out.shape[1], seen=seen.data_ptr(), products=products.data_ptr(),

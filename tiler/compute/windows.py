@@ -19,7 +19,9 @@ _SILU = nn.SiLU()
 
 class Window:
     """A convolution that pads columns only, and the operations on its input: `norm`, then SiLU if `silu`. The choice of
-    kernel must not change while its lines are in use."""
+    kernel must not change while its lines are in use.
+
+    `scale` is 2 if the kernel enlarges its lines, whose result then has twice as many rows and columns, else 1."""
 
     def __init__(self, conv: nn.Conv2d, norm: HeldNorm | None, *, silu: bool) -> None:
         self.conv, self.norm, self.silu = conv, norm, silu
@@ -29,6 +31,7 @@ class Window:
             self._op = conv.op()
             kernel = conv.streamer.kernel(self._op, None)
             self._native = kernel if isinstance(kernel, NativeFp32) else None
+        self.scale = 2 if isinstance(conv, StreamedConv2d) and conv.takes_small else 1
 
     def lines(self, like: Tensor, count: int, width: int) -> Tensor:
         """Allocate uninitialised lines (count, places, inputs) for rows of `width` pixels on the device of `like`."""
@@ -46,7 +49,8 @@ class Window:
             lines.copy_(made_input(made_of, (x,))[0].permute(1, 2, 0))
 
     def compute(self, lines: Tensor, out: Tensor, residual: Tensor | None) -> None:
-        """Fill `out`, (1, outputs, n, width) fp32 channels-last, with the convolution of the lines, plus `residual`."""
+        """Fill `out`, (1, outputs, scale · n, scale · width) fp32 channels-last, with the convolution of the lines,
+        plus `residual`."""
         if self._native is None or self._op is None:
             result = self.conv(lines.permute(2, 0, 1)[None])
             out.copy_(result if residual is None else result.add_(residual))

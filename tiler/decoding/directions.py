@@ -11,16 +11,8 @@ import torch
 from torch import Tensor
 
 from tiler.decoding import FACTOR
-from tiler.decoding.rows import (
-    Latents,
-    Pixels,
-    Stage,
-    decoder_stages,
-    encoder_stages,
-    from_pixels_,
-    strip_rows,
-    to_tensor,
-)
+from tiler.decoding.pictures import from_pixels_, to_tensor
+from tiler.decoding.rows import Latents, Pixels, Stage, decoder_stages, encoder_stages, strip_rows
 from tiler.decoding.sources import Source
 from tiler.decoding.statistics import Frame
 

@@ -24,6 +24,7 @@ from tiler.decoding import FACTOR, exact
 from tiler.decoding.apart import Band, Early, Elsewhere, Waiting, Work, rows_of_all
 from tiler.decoding.directions import mean_of
 from tiler.decoding.held import recall, remember, to_bytes
+from tiler.decoding.pictures import to_tensor
 from tiler.decoding.rehearsal import Rehearsal
 from tiler.decoding.rows import (
     REACH,
@@ -37,7 +38,6 @@ from tiler.decoding.rows import (
     latent_strips,
     strip_before,
     strip_rows,
-    to_tensor,
 )
 from tiler.decoding.scratch import Scratch
 from tiler.decoding.sources import Source

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.kernels import HeldNorm
-from tiler.compute.layers import attend
+from tiler.compute.layers import attend, enlarging
 from tiler.compute.steps import activated
 from tiler.compute.windows import Window
 from tiler.decoding import FACTOR
@@ -105,12 +105,13 @@ class Conv(Stage):
     """A 3×3 convolution of stride 1, or a 1×1, row by row, after an optional norm, with zero rows above and below.
 
     Works in strips of a few rows, so that temporary memory and the normalised copy stay small compared to input and
-    output.
+    output. With `enlarged`, its input is an image with both sides doubled; if it `takes_small`, it takes the rows of
+    the small one.
     """
 
-    def __init__(self, conv: nn.Module, norm: Norm | None = None) -> None:
+    def __init__(self, conv: nn.Module, norm: Norm | None = None, *, enlarged: bool = False) -> None:
         assert isinstance(conv, nn.Conv2d)
-        self.conv, self.norm = _without_row_padding(conv), norm
+        self.conv, self.norm = _without_row_padding(enlarging(conv) if enlarged else conv), norm
         self.halo = conv.kernel_size[0] // 2
         self.tail: Tensor | None = None  # lines still needed, as the convolution reads them
         self.width = 0  # of the rows
@@ -120,6 +121,11 @@ class Conv(Stage):
         """The number of rows that the layer computes at once: rows come in multiples of it, except at the end of the
         picture."""
         return getattr(self.conv, "rows_together", 1)
+
+    @property
+    def takes_small(self) -> bool:
+        """Whether its kernel enlarges the rows; the answer must not change while it holds rows back."""
+        return getattr(self.conv, "takes_small", False)
 
     def push(self, x: Tensor | None, last: bool, residual: Callable[[int], Tensor] | None = None) -> Tensor | None:
         """Push rows; `residual(n)` returns the next n rows to add to the result."""
@@ -134,13 +140,14 @@ class Conv(Stage):
         if x is not None:
             self.width = x.shape[3]
         window = Window(self.conv, None if self.norm is None else self.norm.affine, silu=self.norm is not None)
-        rows = 0 if x is None else x.shape[2]
-        count, beyond = self.ready(rows, last), 2 * self.halo
+        rows, scale = 0 if x is None else x.shape[2], window.scale
+        count, beyond = self.ready(rows, last) // scale, 2 * self.halo
         tail = window.lines(like, self.halo, self.width).zero_() if self.tail is None else self.tail
         self.tail = None
-        step = max(1, _STRIP_BYTES // (self.conv.in_channels * self.width * 4) // self.together) * self.together
+        together = self.together // scale
+        step = max(1, _STRIP_BYTES // (scale**2 * self.conv.in_channels * self.width * 4) // together) * together
         lines = window.lines(like, min(step, count) + beyond, self.width)
-        out = _empty(like, self.conv.out_channels, count, self.width)
+        out = _empty(like, self.conv.out_channels, scale * count, scale * self.width)
         taken = 0
         for top in range(0, count, step):
             bottom = min(top + step, count)
@@ -153,15 +160,18 @@ class Conv(Stage):
                 window.write(x[:, :, taken : taken + fresh], seen[held : held + fresh])
             seen[held + fresh :].zero_()
             taken += fresh
-            window.compute(seen, out[:, :, top:bottom], None if residual is None else residual(bottom - top))
-            tail = seen[len(seen) - beyond :].clone()
+            part = out[:, :, scale * top : scale * bottom]
+            window.compute(seen, part, None if residual is None else residual(bottom - top))
+            tail = seen[len(seen) - beyond :]
+            if bottom == count or step < beyond:  # else it does not overlap the lines to which it goes next
+                tail = tail.clone()
         self.tail = None if last or not self.halo else self._with(window, tail, x, taken)
         return out if count else None
 
     def ready(self, rows: int, last: bool) -> int:
         """The number of output rows that a push of `rows` rows returns."""
-        held = self.halo if self.tail is None else len(self.tail)
-        count = max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
+        held, scale = self.halo if self.tail is None else len(self.tail), 2 if self.takes_small else 1
+        count = scale * max(0, held + rows + (self.halo if last else 0) - 2 * self.halo)
         return count if last else count // self.together * self.together
 
     @staticmethod
@@ -201,11 +211,11 @@ class Up(Stage):
     growth = 4.0
 
     def __init__(self, conv: nn.Module) -> None:
-        self.conv = Conv(conv)
+        self.conv = Conv(conv, enlarged=True)
 
     def push(self, x: Tensor | None, last: bool) -> Tensor | None:
-        if x is None:
-            return self.conv.push(None, last)
+        if x is None or self.conv.takes_small:
+            return self.conv.push(x, last)
         # A few rows at a time: four copies of the whole input need not exist beside the output.
         step = max(1, _STRIP_BYTES // (4 * x.shape[1] * x.shape[3] * 4))
         out: Tensor | None = None
@@ -380,21 +390,3 @@ def strip_before(begin: int, rows: int) -> int:
     row `begin` on are right to the last bit: by then the effects of an artificial top and of strips cut differently
     have passed."""
     return max(0, (begin // FACTOR - 2 * REACH) // rows - 1)
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 → (1, 3, H, W) fp32 in [-1, 1]."""
-    return from_pixels_(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float())
-
-
-def from_pixels_(x: Tensor) -> Tensor:
-    """fp32 pixels, 0 to 255 → [-1, 1], in place."""
-    return x.div_(127.5).sub_(1)
-
-
-def to_uint8(strip: Tensor) -> np.ndarray:
-    """(3, n, W) in about [-1, 1] → (n, W, 3) uint8, rounded as diffusers' VaeImageProcessor does."""
-    image: np.ndarray = (
-        (strip / 2 + 0.5).clamp_(0, 1).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
-    )
-    return image

@@ -4,7 +4,7 @@
 #define TILER_KERNELS_H
 #include <stdint.h>
 
-#define TILER_VERSION 9  // of these structs and of results; library.py refuses a file of another one
+#define TILER_VERSION 10  // of these structs and of results; library.py refuses a file of another one
 
 enum Kind { INT8, BF16, FP32 };  // of a product: what a lane of 32 bits holds: 4, 2 or 1 values
 enum Type { AS_UINT8, AS_BF16, AS_FP32 };
@@ -107,9 +107,10 @@ typedef struct {
 
 // Rows (outputs, inputs, taps) of a weight, into the order of a product of `kind`, FP32 or BF16; outputs up to a multiple of 16
 // and inputs up to a whole lane are filled with zeros. With `is_transformed` (9 taps) what `Winograd` takes instead:
-// [WINOGRAD_POINTS][outputs / 16][steps][16] lanes, of which these rows are some blocks of each.
+// [WINOGRAD_POINTS][outputs / 16][steps][16] lanes, of which these rows are some blocks of each; what it takes for `enlarged`
+// images has ENLARGED_POINTS.
 typedef struct {
-  int32_t kind, is_transformed;
+  int32_t kind, is_transformed, enlarged;
   int64_t outputs, inputs, taps;
   const float *rows;
   void *out;
@@ -117,10 +118,12 @@ typedef struct {
 } Pack;
 
 // 3 × 3 convolutions of images (lines, places, channels) of fp32, zeros beyond them, by transformed weights: out (height, width)
-// begins with the window at the first line and place.
+// begins with the window at the first line and place. With `enlarged` they are of the images with both sides doubled (nearest
+// neighbours), without the outermost lines and places that this gives: of a small image in a frame of 1, all of the large one.
 enum { WINOGRAD_SIDE = 4, WINOGRAD_POINTS = (WINOGRAD_SIDE + 2) * (WINOGRAD_SIDE + 2), WINOGRAD_TILES = 96 };
+enum { ENLARGED_POINTS = 5 * 5, ENLARGED_SEEN = 4 * 4 };
 typedef struct {
-  int32_t kind;
+  int32_t kind, enlarged;
   int64_t images, lines, places, channels, height, width, outputs;
   const float *a;
   int64_t image_step;  // elements from one image to the next
@@ -129,8 +132,8 @@ typedef struct {
   const float *bias, *residual;  // (outputs,) or NULL; like out, or NULL
   float *out;
   int64_t out_step, residual_step;  // elements from one place to the next
-  void *seen;                       // WINOGRAD_POINTS · WINOGRAD_TILES · lanes of a place
-  float *products;                  // WINOGRAD_POINTS · WINOGRAD_TILES · outputs up to a multiple of 16
+  void *seen;                       // WINOGRAD_POINTS (enlarged: ENLARGED_SEEN) · WINOGRAD_TILES · lanes of a place
+  float *products;                  // WINOGRAD_POINTS (ENLARGED_POINTS) · WINOGRAD_TILES · outputs up to a multiple of 16
 } Winograd;
 
 // out = softmax(scale · q · kᵀ) · v for each sample and head, of `dims` values up to 512; those of a token lie side by side.

@@ -20,7 +20,7 @@ from tiler.errors import UsageError
 from tiler.native.instructions import SETS, InstructionSet, machine_of
 
 _INSTALL = "install tiler again (pip install -e . in its folder)"
-VERSION = 9  # of the structs below: that of kernels.h
+VERSION = 10  # of the structs below: that of kernels.h
 
 
 class Kind(IntEnum):
@@ -122,8 +122,7 @@ class Pack(Structure):
     """See kernels.h."""
 
     _fields_ = (
-        ("kind", c_int32),
-        ("is_transformed", c_int32),
+        *((name, c_int32) for name in ("kind", "is_transformed", "enlarged")),
         *((name, c_int64) for name in ("outputs", "inputs", "taps")),
         ("rows", c_void_p),
         ("out", c_void_p),
@@ -135,7 +134,7 @@ class Winograd(Structure):
     """See kernels.h."""
 
     _fields_ = (
-        ("kind", c_int32),
+        *((name, c_int32) for name in ("kind", "enlarged")),
         *((name, c_int64) for name in ("images", "lines", "places", "channels", "height", "width", "outputs")),
         ("a", c_void_p),
         ("image_step", c_int64),
@@ -165,6 +164,7 @@ class Attention(Structure):
 ATTENTION_DIMS = 512  # of a head, at most: as in attention.h
 PLACES, STATISTICS = 128, 4  # as in image.h
 WINOGRAD_SIDE, WINOGRAD_POINTS, WINOGRAD_TILES = 4, 36, 96  # as in kernels.h
+ENLARGED_POINTS, ENLARGED_SEEN = 25, 16  # as there
 MOST_TAPS = 9  # of a weight that is packed: as in pack.h
 
 

@@ -3,8 +3,10 @@
 #include "dot.h"
 #include "pool.h"
 
-// Rows and outputs of a task's panel, and lanes of K at a time: 32 KB of weights, and sums that stay in the cache.
+// Rows and outputs of a task's panel, and lanes of K at a time: 32 KB of weights, of which AVX2 and NEON take a half at a time,
+// and sums that stay in the cache.
 enum { PANEL_ROWS = 96, GROUP = 64, GROUP_BLOCKS = GROUP / LANES, CHUNK = 128, TASKS_A_THREAD = 8 };
+enum { BLOCKS_TOGETHER = BLOCKS == 1 ? 2 : BLOCKS };
 
 typedef struct {
   const Product *product;
@@ -31,10 +33,10 @@ typedef struct {
   int64_t t0, t1, s0, s1;
 } Span;
 
-// Sums of `rows` × `blocks` · 16 outputs over a span, added to `sums` (GROUP a row) unless it is the first. Spans are summed by
-// themselves: one sum of thousands would round more.
+// Sums of `rows` × `blocks` · 16 outputs over a span, added to `sums` (`step` from one row to the next) unless it is the first.
+// Spans are summed by themselves: one sum of thousands would round more.
 INLINE void tile(const enum Kind kind, const int rows, const int blocks, const Product *p, const char *const *row,
-                 const char *const *weights, const Span *span, int is_first, int32_t *sums) {
+                 const char *const *weights, const Span *span, int is_first, int32_t *sums, int64_t step) {
   Register c[TILE_ROWS][BLOCKS * REGISTERS];
 #pragma GCC unroll 6
   for (int i = 0; i < rows; i++)
@@ -76,7 +78,7 @@ INLINE void tile(const enum Kind kind, const int rows, const int blocks, const P
   for (int i = 0; i < rows; i++)
 #pragma GCC unroll 4
     for (int j = 0; j < blocks * REGISTERS; j++) {
-      int32_t *sum = sums + i * GROUP + j * WIDTH;
+      int32_t *sum = sums + i * step + j * WIDTH;
       store_register(sum, is_first ? c[i][j] : plus(kind, load_register(sum), c[i][j]));
     }
 }
@@ -180,29 +182,29 @@ INLINE Group group_of(const enum Kind kind, const Product *p, int64_t number) {
   return g;
 }
 
-INLINE void rows_of_group(const enum Kind kind, const int rows, const Product *p, const char *const *row, const Group *g,
-                          const Span *span, int is_first, int32_t *sums) {
-  int j = 0;
-#define TILE(N) tile(kind, rows, N, p, row, g->weights + j, span, is_first, sums + j * LANES)
+// Sums of blocks [j, to) of a group.
+INLINE void rows_of_group(const enum Kind kind, const int rows, const Product *p, const char *const *row, const Group *g, int j,
+                          int to, const Span *span, int is_first, int32_t *sums, int64_t step) {
+#define TILE(N) tile(kind, rows, N, p, row, g->weights + j, span, is_first, sums + j * LANES, step)
 #if BLOCKS == 4
-  if (g->count == 4) TILE(4), j = 4;
-  if (j + 2 <= g->count) TILE(2), j += 2;
+  if (j + 4 == to) TILE(4), j = 4;
+  if (j + 2 <= to) TILE(2), j += 2;
 #endif
-  for (; j < g->count; j++) TILE(1);
+  for (; j < to; j++) TILE(1);
 #undef TILE
 }
 
 // The same for 6, 4, 2 rows or 1.
-INLINE void some_rows_of_group(const enum Kind kind, int64_t rows, const Product *p, const char *const *row, const Group *g,
-                               const Span *span, int is_first, int32_t *sums) {
+INLINE void some_rows_of_group(const enum Kind kind, int64_t rows, const Product *p, const char *const *row, const Group *g, int j,
+                               int to, const Span *span, int is_first, int32_t *sums, int64_t step) {
   if (rows == 6)
-    rows_of_group(kind, 6, p, row, g, span, is_first, sums);
+    rows_of_group(kind, 6, p, row, g, j, to, span, is_first, sums, step);
   else if (rows == 4)
-    rows_of_group(kind, 4, p, row, g, span, is_first, sums);
+    rows_of_group(kind, 4, p, row, g, j, to, span, is_first, sums, step);
   else if (rows == 2)
-    rows_of_group(kind, 2, p, row, g, span, is_first, sums);
+    rows_of_group(kind, 2, p, row, g, j, to, span, is_first, sums, step);
   else
-    rows_of_group(kind, 1, p, row, g, span, is_first, sums);
+    rows_of_group(kind, 1, p, row, g, j, to, span, is_first, sums, step);
 }
 
 // Sums of the product beside, of its rows from `r` on. Not inlined: few products have one.
@@ -210,7 +212,21 @@ static __attribute__((noinline)) void sums_beside(const Product *p, int64_t r, i
   const Span span = {0, 1, 0, p->steps};
   const char *row[TILE_ROWS];
   for (int64_t i = 0; i < rows; i++) row[i] = (const char *)p->a + (r + i) * p->row_bytes;
-  some_rows_of_group(INT8, rows, p, row, g, &span, 1, sums);
+  some_rows_of_group(INT8, rows, p, row, g, 0, g->count, &span, 1, sums, GROUP);
+}
+
+// Rows of the next tile if there are `left`.
+INLINE int64_t rows_of_tile(const enum Kind kind, int64_t left) {
+  const int most = ADDS_FOURS && kind == INT8 ? 4 : TILE_ROWS;
+  return left >= 6 && most >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// The weights that are needed after a span of a group's blocks before `to`: of the next blocks, the next span or the next group.
+INLINE const char *weights_after(const Product *p, const Group *g, int to, const Span *span) {
+  Span next = *span;
+  if (to < g->count) return g->weights[to] + (span->t0 * p->steps + span->s0) * 64;
+  if (next_span(p, &next)) return g->weights[0] + (next.t0 * p->steps + next.s0) * 64;
+  return g->weights[to - 1] + p->taps * p->steps * 64;
 }
 
 INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t number) {
@@ -229,7 +245,9 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
       panel.row[i] = (const char *)p->a + r * p->row_bytes;
     }
   }
-  const int most = ADDS_FOURS && kind == INT8 ? 4 : TILE_ROWS;  // rows of a tile
+  // The result is nothing but sums: they are made in their place.
+  const int is_sum = kind != INT8 && p->activation == NO_ACTIVATION && p->out_type == AS_FP32 && !p->gate_weights && !p->bias &&
+                     !p->residual && !p->out_width && p->outputs % LANES == 0;
   int64_t groups = group_count(p);
   const Product *beside = kind == INT8 ? p->beside : NULL;
   _Alignas(64) int32_t low_sums[TILE_ROWS * GROUP];
@@ -239,18 +257,27 @@ INLINE void panel_of(const enum Kind kind, const ProductTasks *tasks, int64_t nu
     Span span = {.t1 = 0, .s1 = p->steps};
     for (int is_first = 1; next_span(p, &span); is_first = 0) {
       int is_last = span.t1 == p->taps && span.s1 == p->steps;
-      for (int64_t r = 0; r < rows;) {
-        int64_t left = rows - r, many = left >= 6 && most >= 6 ? 6 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-        some_rows_of_group(kind, many, p, panel.row + r, &g, &span, is_first, panel.sums + r * GROUP);
-        if (is_last && beside) sums_beside(beside, first + r, many, &low, low_sums);
-        for (int64_t i = r; is_last && i < r + many; i++) {
-          const int32_t *sums = panel.sums + i * GROUP, *of_low = low_sums + (i - r) * GROUP;
-          if (g.count == GROUP_BLOCKS && g.is_whole)
-            finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], panel.out_at[i], &g, sums, &low, of_low);
-          else
-            finish(kind, g.count, 0, p, first + i, panel.scale_at[i], panel.out_at[i], &g, sums, &low, of_low);
+      // All rows by some blocks, whose weights of a span stay in the nearest cache while the next ones are fetched.
+      for (int j = 0, to; j < g.count; j = to) {
+        to = j + BLOCKS_TOGETHER < g.count ? j + BLOCKS_TOGETHER : g.count;
+        const char *ahead = weights_after(p, &g, to, &span);
+        int64_t lines = BLOCKS == 1 ? (span.t1 - span.t0) * (span.s1 - span.s0) : 0, line = 0;
+        int ends = !is_sum && is_last && to == g.count;
+        for (int64_t r = 0, many; r < rows; r += many) {
+          many = rows_of_tile(kind, rows - r);
+          for (int64_t end = lines * (r + many) / rows; line < end; line++)
+            for (int i = 0; i < BLOCKS_TOGETHER; i++) __builtin_prefetch(ahead + i * p->taps * p->steps * 64 + line * 64, 0, 2);
+          int32_t *sums = is_sum ? (int32_t *)p->out + panel.out_at[r] + g.output[0] : panel.sums + r * GROUP;
+          some_rows_of_group(kind, many, p, panel.row + r, &g, j, to, &span, is_first, sums, is_sum ? p->out_step : GROUP);
+          if (ends && beside) sums_beside(beside, first + r, many, &low, low_sums);
+          for (int64_t i = r; ends && i < r + many; i++) {
+            const int32_t *of_row = panel.sums + i * GROUP, *of_low = low_sums + (i - r) * GROUP;
+            if (g.count == GROUP_BLOCKS && g.is_whole)
+              finish(kind, GROUP_BLOCKS, 1, p, first + i, panel.scale_at[i], panel.out_at[i], &g, of_row, &low, of_low);
+            else
+              finish(kind, g.count, 0, p, first + i, panel.scale_at[i], panel.out_at[i], &g, of_row, &low, of_low);
+          }
         }
-        r += many;
       }
     }
   }

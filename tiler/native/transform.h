@@ -46,4 +46,35 @@ INLINE void transform_output(const F16 *m, int step, F16 *out, int out_step) {
   out[2 * out_step] = fma16(near, all(NEAR2), far * FAR2);
   out[3 * out_step] = fma16(near_odd, all(NEAR2), fma16(far_odd, all(FAR2), m[5 * step]));
 }
+
+// The same for an image with both sides doubled, whose 6 × 6 pixels are 4 × 4 of the small one (a, b, c and d, of which b and c
+// are seen twice): 5 × 5 products of 4 × 4 values, and no factor but ±1 and ½. It is the algorithm for the points 0, ±1, ±i and
+// infinity: there, what is seen at −1 vanishes, and at i and −i is the same.
+enum { SEEN_SMALL = 4, POINTS_SMALL = 5 };
+static const int SEEN_AT_SMALL[POINTS_SMALL] = {0, 1, 2, 2, 3};  // which values a point multiplies
+
+INLINE void transform_weight_small(const F16 *x, int step, F16 *out, int out_step) {
+  F16 w0 = x[0], w1 = x[step], w2 = x[2 * step];
+  out[0] = w0;
+  out[out_step] = (w0 + w1 + w2) * 0.5f;
+  out[2 * out_step] = w1 * 0.5f;
+  out[3 * out_step] = (w0 - w2) * 0.5f;
+  out[4 * out_step] = w2;
+}
+
+INLINE void transform_input_small(const F16 *x, int step, F16 *out, int out_step) {
+  F16 a = x[0], b = x[step], c = x[2 * step], d = x[3 * step];
+  out[0] = a - c;
+  out[out_step] = b + c;
+  out[2 * out_step] = c - b;
+  out[3 * out_step] = d - b;
+}
+
+INLINE void transform_output_small(const F16 *m, int step, F16 *out, int out_step) {
+  F16 outer = m[step] + m[3 * step], inner = m[step] - m[3 * step], odd = m[2 * step];
+  out[0] = m[0] + (outer - odd);
+  out[out_step] = inner - odd;
+  out[2 * out_step] = inner + odd;
+  out[3 * out_step] = m[4 * step] + (outer + odd);
+}
 #endif

@@ -1,5 +1,6 @@
-// Large 3 × 3 convolutions with a quarter of the multiplications (transform.h): some tiles of the input at a time are
-// transformed, multiplied with 36 matrices, and transformed back. What a tile gives does not depend on which go together.
+// Large 3 × 3 convolutions with a quarter of the multiplications (transform.h), or of an image that is enlarged first with a
+// sixth: some tiles of the input at a time are transformed, multiplied with 36 or 25 matrices, and transformed back. What a tile
+// gives does not depend on which go together.
 #include "transform.h"
 #include "pool.h"
 
@@ -7,6 +8,7 @@ typedef struct {
   const Winograd *call;
   int64_t down, across;  // tiles of an image
   int64_t first, count;  // tiles of these, over all images
+  int64_t points;        // products of a tile
   int64_t seen_bytes, outputs;  // of a tile at a point; up to a multiple of 16
   ProductTasks products[WINOGRAD_POINTS];
   Product product[WINOGRAD_POINTS];
@@ -21,25 +23,38 @@ INLINE Tile tile_at(const WinogradTasks *t, int64_t number) {
   return (Tile){number / (t->down * t->across), place / t->across * SIDE, place % t->across * SIDE};
 }
 
-INLINE void seen_of_tile(const enum Kind kind, const WinogradTasks *t, int64_t number) {
+// Of a tile's pixels, `side` × `side`, what is multiplied.
+INLINE void seen_of_tile(const enum Kind kind, const int enlarged, const WinogradTasks *t, int64_t number) {
+  const int side = enlarged ? SEEN_SMALL : SEEN;
   const Winograd *p = t->call;
   Tile tile = tile_at(t, t->first + number);
+  if (enlarged) tile.y /= 2, tile.x /= 2;
   const float *image = p->a + tile.image * p->image_step;
   char *out = (char *)p->seen + number * t->seen_bytes;
   int64_t point = t->count * t->seen_bytes;
   for (int64_t c = 0; c < p->channels; c += LANES) {
     F16 half[SEEN * SEEN], points[SEEN * SEEN];
-    for (int j = 0; j < SEEN; j++) {
+    // Lines that are far from each other are fetched while the ones before are computed.
+    for (int i = 0; i < side * side; i++) __builtin_prefetch(out + i * point + (c + LANES) * (kind == BF16 ? 2 : 4), 1);
+    for (int j = 0; j < side; j++) {
       F16 x[SEEN];
-      for (int i = 0; i < SEEN; i++) {
+      for (int i = 0; i < side; i++) {
         int64_t line = tile.y + i, place = tile.x + j;
         int is_there = line < p->lines && place < p->places;
         x[i] = is_there ? load_some(image + (line * p->places + place) * p->channels + c, p->channels - c) : all(0.f);
       }
-      transform_input(x, 1, half + j, SEEN);
+      if (enlarged)
+        transform_input_small(x, 1, half + j, side);
+      else
+        transform_input(x, 1, half + j, side);
     }
-    for (int i = 0; i < SEEN; i++) transform_input(half + SEEN * i, 1, points + SEEN * i, 1);
-    for (int i = 0; i < WINOGRAD_POINTS; i++) {
+    for (int i = 0; i < side; i++) {
+      if (enlarged)
+        transform_input_small(half + side * i, 1, points + side * i, 1);
+      else
+        transform_input(half + side * i, 1, points + side * i, 1);
+    }
+    for (int i = 0; i < side * side; i++) {
       if (kind == BF16)
         store_half((uint16_t *)(out + i * point) + c, bf16(points[i]), t->seen_bytes / 2 - c);
       else
@@ -49,12 +64,11 @@ INLINE void seen_of_tile(const enum Kind kind, const WinogradTasks *t, int64_t n
 }
 
 INLINE void products_task(const enum Kind kind, const WinogradTasks *t, int64_t number) {
-  const ProductTasks *of_point = t->products + number % WINOGRAD_POINTS;
-  panel_of(kind, of_point, number / WINOGRAD_POINTS);
+  panel_of(kind, t->products + number % t->points, number / t->points);
 }
 
-static void result_of_tile(const void *context, int64_t number) {
-  const WinogradTasks *t = context;
+INLINE void result_of_tile(const int enlarged, const WinogradTasks *t, int64_t number) {
+  const int side = enlarged ? POINTS_SMALL : SEEN;
   const Winograd *p = t->call;
   Tile tile = tile_at(t, t->first + number);
   int64_t down = p->height - tile.y < SIDE ? p->height - tile.y : SIDE, across = p->width - tile.x < SIDE ? p->width - tile.x : SIDE;
@@ -62,13 +76,22 @@ static void result_of_tile(const void *context, int64_t number) {
   const float *products = p->products + number * t->outputs;
   for (int64_t c = 0; c < p->outputs; c += LANES) {
     int64_t count = p->outputs - c;
+    for (int i = 0; i < side * side; i++) __builtin_prefetch(products + i * point + c + LANES);
     F16 half[SIDE * SEEN], out[SIDE * SIDE], bias = p->bias ? load_some(p->bias + c, count) : all(0.f);
-    for (int j = 0; j < SEEN; j++) {
+    for (int j = 0; j < side; j++) {
       F16 m[SEEN];
-      for (int i = 0; i < SEEN; i++) m[i] = load(products + (SEEN * i + j) * point + c);
-      transform_output(m, 1, half + j, SEEN);
+      for (int i = 0; i < side; i++) m[i] = load(products + (side * i + j) * point + c);
+      if (enlarged)
+        transform_output_small(m, 1, half + j, side);
+      else
+        transform_output(m, 1, half + j, side);
     }
-    for (int i = 0; i < SIDE; i++) transform_output(half + SEEN * i, 1, out + SIDE * i, 1);
+    for (int i = 0; i < SIDE; i++) {
+      if (enlarged)
+        transform_output_small(half + side * i, 1, out + SIDE * i, 1);
+      else
+        transform_output(half + side * i, 1, out + SIDE * i, 1);
+    }
     for (int64_t i = 0; i < down; i++)
       for (int64_t j = 0; j < across; j++) {
         int64_t place = first + i * p->width + j;
@@ -79,37 +102,44 @@ static void result_of_tile(const void *context, int64_t number) {
   }
 }
 
-static void seen_fp32(const void *t, int64_t number) { seen_of_tile(FP32, t, number); }
+static void result_plain(const void *t, int64_t number) { result_of_tile(0, t, number); }
+static void result_enlarged(const void *t, int64_t number) { result_of_tile(1, t, number); }
+static void seen_fp32(const void *t, int64_t number) { seen_of_tile(FP32, 0, t, number); }
+static void seen_enlarged_fp32(const void *t, int64_t number) { seen_of_tile(FP32, 1, t, number); }
 static void products_fp32(const void *t, int64_t number) { products_task(FP32, t, number); }
 #if defined(__AVX512BF16__)
-static void seen_bf16(const void *t, int64_t number) { seen_of_tile(BF16, t, number); }
+static void seen_bf16(const void *t, int64_t number) { seen_of_tile(BF16, 0, t, number); }
+static void seen_enlarged_bf16(const void *t, int64_t number) { seen_of_tile(BF16, 1, t, number); }
 static void products_bf16(const void *t, int64_t number) { products_task(BF16, t, number); }
 #endif
 
 static void winograd(Pool *pool, const Winograd *p, int threads) {
-  Task seen = seen_fp32, products = products_fp32;
+  Task seen = p->enlarged ? seen_enlarged_fp32 : seen_fp32, products = products_fp32;
   int is_bf16 = 0;
 #if defined(__AVX512BF16__)
   is_bf16 = p->kind == BF16;
-  if (is_bf16) seen = seen_bf16, products = products_bf16;
+  if (is_bf16) seen = p->enlarged ? seen_enlarged_bf16 : seen_bf16, products = products_bf16;
 #endif
   WinogradTasks t = {.call = p, .down = (p->height + SIDE - 1) / SIDE, .across = (p->width + SIDE - 1) / SIDE};
   int64_t steps = is_bf16 ? (p->channels + 1) / 2 : p->channels, tiles = p->images * t.down * t.across;
-  int64_t panels = (tiles + WINOGRAD_TILES - 1) / WINOGRAD_TILES, parts = 1;
+  int64_t panels = (tiles + WINOGRAD_TILES - 1) / WINOGRAD_TILES, rows = (tiles + TILE_ROWS - 1) / TILE_ROWS, parts = 1;
   t.seen_bytes = steps * 4, t.outputs = (p->outputs + LANES - 1) / LANES * LANES;
-  while (parts * WINOGRAD_POINTS < TASKS_A_THREAD * threads && parts * 2 * GROUP <= t.outputs) parts *= 2;
+  t.points = p->enlarged ? ENLARGED_POINTS : WINOGRAD_POINTS;
+  while (parts * t.points < TASKS_A_THREAD * threads && parts * 2 * GROUP <= t.outputs) parts *= 2;
   for (int64_t panel = 0; panel < panels; panel++) {
-    t.first = tiles * panel / panels, t.count = tiles * (panel + 1) / panels - t.first;
-    for (int64_t i = 0; i < WINOGRAD_POINTS; i++) {
+    int64_t last = rows * (panel + 1) / panels * TILE_ROWS;  // whole tiles of the product, except at the end
+    t.first = rows * panel / panels * TILE_ROWS, t.count = (last < tiles ? last : tiles) - t.first;
+    for (int64_t i = 0; i < t.points; i++) {
+      int64_t at = p->enlarged ? SEEN_AT_SMALL[i / POINTS_SMALL] * SEEN_SMALL + SEEN_AT_SMALL[i % POINTS_SMALL] : i;
       t.product[i] = (Product){
           .kind = p->kind, .activation = NO_ACTIVATION, .out_type = AS_FP32, .taps = 1, .rows = t.count, .outputs = t.outputs,
-          .steps = steps, .a = (const char *)p->seen + i * t.count * t.seen_bytes, .row_bytes = t.seen_bytes,
+          .steps = steps, .a = (const char *)p->seen + at * t.count * t.seen_bytes, .row_bytes = t.seen_bytes,
           .weights = (const char *)p->weights + i * p->point_bytes, .out = p->products + i * t.count * t.outputs,
           .out_step = t.outputs};
       t.products[i] = (ProductTasks){&t.product[i], parts};
     }
     pool_run(pool, seen, &t, t.count, threads);
-    pool_run(pool, products, &t, WINOGRAD_POINTS * parts, threads);
-    pool_run(pool, result_of_tile, &t, t.count, threads);
+    pool_run(pool, products, &t, t.points * parts, threads);
+    pool_run(pool, p->enlarged ? result_enlarged : result_plain, &t, t.count, threads);
   }
 }
