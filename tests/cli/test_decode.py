@@ -137,7 +137,8 @@ def test_bf16_is_near_fp32_and_is_taken_where_the_render_took_it(
     in_process, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decode: str
 ) -> None:
     monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
-    monkeypatch.setattr("tiler.compute.native_winograd.NATIVE_WINOGRAD_CHANNELS", 16)
+    for channels in ("NATIVE_WINOGRAD_CHANNELS", "NATIVE_WINOGRAD_BF16_CHANNELS"):
+        monkeypatch.setattr(f"tiler.compute.native_winograd.{channels}", 16)
     common = ("--model", tiny, "--decode", decode, "--json")
     drawing = ("--size", 136, "--steps", 1, "--no-guide", "--seed", 1, "--precision", "bf16")
     ran = in_process("render", "x", *common, *drawing, "-o", "a.png", "--save-latents", "z.safetensors")

@@ -189,7 +189,7 @@ def test_an_outlier_costs_half_a_step_of_its_own_token_or_image(
         assert (wrong[0].flatten(1).amax(1) <= 0.501 * step * weight + 1e-5 * outlier).all()
 
 
-@pytest.mark.parametrize("name", ["native-fp32", "native-winograd"])
+@pytest.mark.parametrize("name", ["native-fp32", "native-winograd", "native-winograd-late"])
 def test_arithmetic_is_counted_without_data(name: str) -> None:
     layer = nn.Conv2d(256, 256, 3, padding=1, device="meta")
     with MetaMeter() as plain:

@@ -82,7 +82,8 @@ def test_transformed_convolutions_decode_what_diffusers_does(
     latents = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(1))
     plain, called = decode(tiny, latents, tmp_path, torch.float32), []
     monkeypatch.setattr(winograd, "CHANNELS", 8)
-    monkeypatch.setattr("tiler.compute.native_winograd.NATIVE_WINOGRAD_CHANNELS", 8)
+    for channels in ("NATIVE_WINOGRAD_CHANNELS", "NATIVE_WINOGRAD_BF16_CHANNELS"):
+        monkeypatch.setattr(f"tiler.compute.native_winograd.{channels}", 8)
     inner = winograd.conv2d
     monkeypatch.setattr(winograd, "conv2d", lambda *a: (called.append(a[0].shape), inner(*a)))
     own = NativeWinograd._convolve

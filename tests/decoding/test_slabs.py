@@ -171,7 +171,8 @@ def test_rows_that_are_computed_together_stay_together(
     monkeypatch.setattr("tiler.compute.layers.SMALL", 100)
     monkeypatch.setattr("tiler.decoding.exact.ALONE", 1000)
     monkeypatch.setattr("tiler.compute.winograd.CHANNELS", 8)
-    monkeypatch.setattr("tiler.compute.native_winograd.NATIVE_WINOGRAD_CHANNELS", 8)
+    for channels in ("NATIVE_WINOGRAD_CHANNELS", "NATIVE_WINOGRAD_BF16_CHANNELS"):
+        monkeypatch.setattr(f"tiler.compute.native_winograd.{channels}", 8)
     check_equal(direction, tiny, tmp_path, (67, 18), [TWO, THREE])
 
 

@@ -418,9 +418,11 @@ def transformed(weight: Tensor, kind: Kind, lib: Library, *, enlarged: bool = Fa
 
 
 def winograd(
-    lib: Library, kind: Kind, images: int, sides: tuple[int, int], inputs: int, outputs: int, *, frame: int = 1
-) -> Case:
-    """A 3 × 3 convolution of images whose frame of zeros is stored, or lies outside of the stored image."""
+    lib: Library, kind: Kind, images: int, sides: tuple[int, int], inputs: int, outputs: int, *, frame: int = 1,
+    is_late: bool = False,
+) -> Case:  # fmt: skip
+    """A 3 × 3 convolution of images whose frame of zeros is stored, or lies outside of the stored image. The weights
+    are transformed before, or by the convolution (`is_late`)."""
     torch.manual_seed(inputs + outputs)
     weight, bias = torch.randn(outputs, inputs, 3, 3) / 8, torch.randn(outputs)
     x, residual = torch.randn(images, *(n + 2 for n in sides), inputs), torch.randn(images, *sides, outputs)
@@ -428,7 +430,7 @@ def winograd(
         x[:, -1], x[:, :, -1] = 0, 0
     want = F.conv2d(x.double().movedim(-1, 1), weight.double(), bias.double()).movedim(1, -1) + residual
     x = x if frame else x[:, :-1, :-1].contiguous()
-    points, point = transformed(weight, kind, lib)
+    points, point = (lanes(weight, 1), 0) if is_late else transformed(weight, kind, lib)
     out = torch.full(want.shape, 99.0)
     seen = torch.empty(36 * 96 * -(-inputs // VALUES[kind]))
     products = torch.empty(36 * 96 * padded(outputs, 16))
@@ -480,6 +482,8 @@ def transforms(lib: Library) -> Iterator[Case]:
             yield enlarged(lib, kind, 1, (8, 8), 32, 64)
             yield enlarged(lib, kind, 2, (9, 7), 21, 33)
             yield enlarged(lib, kind, 3, (21, 1), 3, 1)
+    yield winograd(lib, Kind.FP32, 2, (9, 7), 21, 33, is_late=True)
+    yield winograd(lib, Kind.FP32, 3, (41, 5), 320, 16, is_late=True)
 
 
 def cases(lib: Library) -> list[Case]:
@@ -502,6 +506,7 @@ def cases(lib: Library) -> list[Case]:
             for kind in kinds(lib)
             if kind is not Kind.INT8
         ),
+        winograd(lib, Kind.FP32, 2, (41, 22), 40, 96, is_late=True),
         *(attention(kind, 2, 3, 300, 200, 40) for kind in kinds(lib) if kind is not Kind.INT8),
         attention(Kind.FP32, 1, 8, 288, 20, 40),  # tasks of one thread have more queries
     ]

@@ -127,6 +127,8 @@ def test_transformed_convolutions_are_those_of_fp64(lib: Library) -> None:
         assert torch.equal(case.run(lib)[0], together[i])
     case.tensors[0][2, 3, 4, 5] = float("nan")
     assert case.run(lib)[0, 1:4, 2:5].isnan().all()
+    before = winograd(lib, Kind.FP32, 2, (9, 30), 300, 40).run(lib)
+    assert torch.equal(winograd(lib, Kind.FP32, 2, (9, 30), 300, 40, is_late=True).run(lib), before)
 
 
 @every_set

@@ -12,13 +12,14 @@ from tiler.compute.native import NativeInt8
 from tiler.compute.native_attention import NativeAttention, NativeAttentionBf16
 from tiler.compute.native_enlarged import EnlargedBf16
 from tiler.compute.native_float import NativeBf16, NativeFp32
-from tiler.compute.native_winograd import NativeWinograd, NativeWinogradBf16
+from tiler.compute.native_winograd import NativeWinograd, NativeWinogradBf16, NativeWinogradLate
 from tiler.compute.native_winograd_enlarged import NativeWinogradEnlarged
 from tiler.compute.tuning import KERNELS_OF
 from tiler.compute.winograd import Winograd
 
 _ALL = (
-    Fp32(), Winograd(), NativeInt8(), NativeWinograd(), NativeWinogradBf16(), NativeWinogradEnlarged(),
+    Fp32(), Winograd(), NativeInt8(), NativeWinograd(), NativeWinogradLate(), NativeWinogradBf16(),
+    NativeWinogradEnlarged(),
     NativeBf16(), NativeFp32(), EnlargedBf16(), NativeAttention(), NativeAttentionBf16(),
 )  # fmt: skip
 KERNELS: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _ALL}

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 # Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: together, those of SD
 # 1.5 take 2 MB, and loading them in every pass would take more reads than all its other weights.
 SMALL = 64 * 1024
+# A linear layer or convolution with at least so many inputs and outputs is streamed however few elements it has: our
+# own kernels compute several samples at once with it. A choice, no measurement; `mini`'s narrowest layers have 48.
+_CHANNELS = 48
 _PLAIN, _NOTHING = Input(), Epilogue()
 
 _T = TypeVar("_T")
@@ -94,12 +97,17 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
         return self.enlarges and self.streamer.kernel(self.op(), None).enlarges
 
 
+def _each(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The product of each sample by itself: its bits must not depend on their number."""
+    return product(x) if len(x) == 1 or x.is_meta else torch.cat([product(one) for one in x.split(1)])
+
+
 class SmallLinear(nn.Linear):
     """A linear layer whose weight stays in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
-        return product(x, self.weight, self.bias)
+        return _each(lambda one: product(one, self.weight, self.bias), x)
 
 
 class SmallConv2d(nn.Conv2d):
@@ -107,7 +115,7 @@ class SmallConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (n, in, height, width) fp32 → (n, out, height', width')."""
-        return plain_convolution(x, self.weight, self.bias, Geometry.of(self))
+        return _each(lambda one: plain_convolution(one, self.weight, self.bias, Geometry.of(self)), x)
 
 
 class StreamedEmbedding(nn.Embedding, StreamedLayer):
@@ -274,6 +282,12 @@ _CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
 )
 
 
+def is_small(layer: nn.Linear | nn.Conv2d | nn.Embedding) -> bool:
+    """Whether a layer's weight is loaded with the norms and stays."""
+    is_narrow = isinstance(layer, nn.Embedding) or min(layer.weight.shape[:2]) < _CHANNELS
+    return is_narrow and layer.weight.numel() <= SMALL
+
+
 def stream_layers(module: nn.Module, streamer: Streamer) -> None:
     """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer's
     result depends on the number of threads. The layers change class in place, so the tree, its names and its hooks stay
@@ -281,7 +295,7 @@ def stream_layers(module: nn.Module, streamer: Streamer) -> None:
     named = list(module.named_modules())
     for path, child in named:
         for plain, streamed in _CLASSES:
-            if type(child) is plain and child.weight.numel() > SMALL:  # type: ignore[operator]
+            if type(child) is plain and not is_small(child):  # type: ignore[arg-type]
                 child.__class__ = streamed
                 child.key, child.streamer = f"{path}.weight".lstrip("."), streamer  # type: ignore[assignment]
         for plain, small in (nn.Linear, SmallLinear), (nn.Conv2d, SmallConv2d):

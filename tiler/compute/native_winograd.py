@@ -7,6 +7,7 @@ depend on other tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -19,8 +20,12 @@ from tiler.compute.native import Made, empty_result, residual_like
 from tiler.compute.native_float import NativeFp32, pack
 from tiler.compute.native_inputs import address, needed_library
 from tiler.compute.steps import finished
-from tiler.compute.tuning import ARENA_BYTES, NATIVE_WINOGRAD_CHANNELS
-from tiler.compute.winograd import pays
+from tiler.compute.tuning import (
+    ARENA_BYTES,
+    NATIVE_WINOGRAD_BF16_CHANNELS,
+    NATIVE_WINOGRAD_CHANNELS,
+    NATIVE_WINOGRAD_PIXELS,
+)
 from tiler.compute.winograd import suits as can_transform
 from tiler.native import library
 from tiler.native.library import WINOGRAD_POINTS, WINOGRAD_SIDE, WINOGRAD_TILES
@@ -33,20 +38,26 @@ class NativeWinograd(NativeFp32):
 
     name = "native-winograd"
     rows_together = WINOGRAD_SIDE
+    transforms_before = True  # weights when they are read, not at each call
     points, seen = WINOGRAD_POINTS, WINOGRAD_POINTS
 
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         """Whether the kernel can run the operation. An arena of the usual size must have room for the transformed
         weight, whatever the memory ceiling."""
+        return self._can_transform(op, shape, policy) and self.held_bytes(op, shape) <= ARENA_BYTES
+
+    def _can_transform(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
         return (
             policy.winograd
             and super().suits(op, shape, policy)
             and op.geometry is not None
             and len(op.group.weights) == 1
-            and can_transform(op.group.shape, op.geometry, NATIVE_WINOGRAD_CHANNELS)
-            and self.held_bytes(op, shape) <= ARENA_BYTES
-            and (shape is None or pays(*op.output_shape(shape)[2:]))
+            and can_transform(op.group.shape, op.geometry, self._least_channels())
+            and (shape is None or math.prod(op.output_shape(shape)[2:]) >= NATIVE_WINOGRAD_PIXELS)
         )
+
+    def _least_channels(self) -> int:
+        return NATIVE_WINOGRAD_CHANNELS
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
         return 4 * self.points * op.group.numel // 9 // self.values_a_lane
@@ -99,11 +110,24 @@ class NativeWinograd(NativeFp32):
         call = library.Winograd(
             kind=self.kind, enlarged=self.enlarges, images=count, lines=lines, places=places, channels=channels,
             height=out.shape[2], width=out.shape[3], outputs=outputs, a=images.data_ptr(), image_step=images.stride(0),
-            weights=points.data_ptr(), point_bytes=points[0].nbytes, bias=address(weight.bias, first),
-            residual=address(residual, first), out=address(out, first), out_step=out.shape[1],
-            residual_step=out.shape[1], seen=seen.data_ptr(), products=products.data_ptr(),
+            weights=points.data_ptr(), point_bytes=points[0].nbytes if self.transforms_before else 0,
+            bias=address(weight.bias, first), residual=address(residual, first), out=address(out, first),
+            out_step=out.shape[1], residual_step=out.shape[1], seen=seen.data_ptr(), products=products.data_ptr(),
         )  # fmt: skip
         needed_library().winograd(call, torch.get_num_threads())
+
+
+class NativeWinogradLate(NativeWinograd):
+    """The same convolutions, with the same bits, where an arena has no room for the transformed weight: it is held as
+    for a direct convolution, and each call transforms it."""
+
+    name = "native-winograd-late"
+    transforms_before = False
+
+    def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:
+        return self._can_transform(op, shape, policy)
+
+    held_bytes, _planned, _fetched = NativeFp32.held_bytes, NativeFp32._planned, NativeFp32._fetched
 
 
 class NativeWinogradBf16(NativeWinograd):
@@ -116,3 +140,6 @@ class NativeWinogradBf16(NativeWinograd):
         if op.weights is None or not policy.bf16.issuperset(op.weights.names):
             return False
         return library.has_bf16() and super().suits(op, shape, policy)
+
+    def _least_channels(self) -> int:
+        return NATIVE_WINOGRAD_BF16_CHANNELS

@@ -3,8 +3,9 @@
 `Streamer.run` runs a module whose layers are those of layers.py on a list of samples so that one read of the weights
 serves all of them:
 
-- a module whose weights fit the arena (a unit) is held there in fp32 and runs sample by sample: transients are one
-  sample's. Each weight is fetched when it is first used, and stays until the unit is done;
+- a module whose weights fit the arena (a unit) is held there in fp32 and runs sample by sample, or a few small samples
+  at a time: transients are one sample's. Each weight is fetched when it is first used, and stays until the unit is
+  done;
 - a larger one runs on the stacked samples; the units inside it do as above, and a layer larger than the arena streams
   its weights in pieces, each applied to every sample.
 
@@ -266,10 +267,7 @@ class Streamer:
     ) -> tuple[list[tuple[Tensor, ...]], list[int]]:
         """Take the calls that run together from the front of `calls`, without consecutive duplicates, and the number of
         duplicates of each."""
-        most = 1
-        # A small layer that is not streamed computes all samples in one product, whose bits depend on their number.
-        if self.policy.int8 and not any(map(_is_plain, module.modules())):
-            most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0]))
+        most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0]))
         group, same = [calls.pop(0)], [1]
         while calls:
             if all(a is b for a, b in zip(calls[0], group[-1], strict=True)):
@@ -306,11 +304,6 @@ class Streamer:
             for column in zip(*(flat for flat, _ in leaves), strict=True)
         ]
         return results[0] if batch == 1 else cast(_T, tree_unflatten(joined, leaves[0][1]))
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the module is a layer that is not streamed."""
-    return isinstance(module, nn.Linear | nn.Conv2d) and not isinstance(module, StreamedLayer)
 
 
 def _first(result: object) -> Tensor:

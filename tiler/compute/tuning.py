@@ -33,6 +33,7 @@ KERNELS_OF: Annotated[
             "native-winograd-enlarged",
             "native-winograd",
             "native-bf16",
+            "native-winograd-late",
             "native-fp32",
             "winograd",
             "fp32",
@@ -48,6 +49,7 @@ KERNELS_OF: Annotated[
             "native-int8",
             "native-winograd-enlarged",
             "native-winograd",
+            "native-winograd-late",
             "winograd",
             "native-fp32",
             "fp32",
@@ -62,6 +64,7 @@ KERNELS_OF: Annotated[
             "native-int8",
             "native-winograd-enlarged",
             "native-winograd",
+            "native-winograd-late",
             "winograd",
             "native-fp32",
             "fp32",
@@ -77,13 +80,15 @@ KERNELS_OF: Annotated[
     # 22.9–23.4 with fp32. In int8, a pass of ten samples took 71.8 s there with int8 first and 72.3 with
     # native-winograd first; int8 products have since become 1.19 times as fast. The 78 convolutions of SD 1.5 that
     # are not transformed, Zen 4: native-fp32 2.83 s a sample, fp32 2.87, oneDNN with weights in its own order 2.41,
-    # which was not worth a kernel.
+    # which was not worth a kernel. On Zen 3, native-winograd-late takes 0.6 of native-fp32's time for 1280 channels at
+    # 16 × 16, 0.5 for two such samples and for eight at 8 × 8, 0.5 for 960 at 32 × 32 (one at 8 × 8: 1.1).
     Isa.AVX2: {
         "linear": ("native-int8", "native-fp32", "fp32"),
         "convolution": (
             "native-int8",
             "native-winograd-enlarged",
             "native-winograd",
+            "native-winograd-late",
             "winograd",
             "native-fp32",
             "fp32",
@@ -132,14 +137,19 @@ LEAST_SPEEDUP: Annotated[float, Passport("ratio", "python scripts/calibrate.py p
 
 # Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
-# The same for tiler's own library, compared to its plain convolutions: with 128 channels 2.3 times as fast in fp32 (Zen
-# 4, rows of 1,024), with 64 and 96 1.4 times.
-NATIVE_WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 128
+# The same for tiler's own library: 3.0 ms instead of 6.8 for 13 samples of 96 channels at 16 × 16, 6.4 instead of 8.9
+# for 48 at 32 × 32, 3.7 instead of 8.8 for a row of 64 at 32 × 256 (Zen 3, one thread). In bf16 128 is the least that
+# was measured.
+NATIVE_WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 48
+NATIVE_WINOGRAD_BF16_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 128
 # The tiles of one product, and the fewest tiles for which transforming a weight pays.
 WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scripts/bench_conv.py")] = 64
+# Least pixels of a sample's result for tiler's own library, which transforms the tiles of several samples together.
+NATIVE_WINOGRAD_PIXELS: Annotated[int, Passport("pixels", "python scripts/bench_conv.py")] = 64
 
-# Elements of the samples that run together with int8 weights, whose sums are exact: one sample of SD 1.5's second
-# level. Its inner levels would otherwise be many small products.
+# Elements of the samples that run together: one sample of SD 1.5's second level. Its inner levels would otherwise be
+# many small products, and in `mini` Python would take a third of the time (Zen 3, fp32, 16 samples a read: 59 ms a
+# sample one by one, 38 together).
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
 # Elements of a GroupNorm at a time: its intermediate values stay in the cache between two steps (320 channels, 64 × 64:
 # 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
@@ -161,8 +171,9 @@ TIGHT_ARENA_BYTES: Annotated[int, Passport("bytes", "python scripts/profile_pass
 
 # The time of complete passes of a denoiser over that of its layers' arithmetic at measured speeds. The rest is norms,
 # activations, smaller layers, and in fp32 layers whose convolutions are not transformed. At SD 1.5's size, processor
-# time of one thread, in four rounds: fp32 1.96–2.21 (2.05 if torch computes), bf16 1.48–1.59, int8 1.36–1.45.
-OVERHEAD_FP32: Annotated[float, Passport("ratio", "python scripts/profile_pass.py")] = 2.1
+# time of one thread, in four rounds: fp32 1.96–2.21 (2.05 if torch computes), bf16 1.48–1.59, int8 1.36–1.45. Since
+# inner convolutions are transformed too, fp32 takes 0.83 of the time at 1.1 of the measured speed (Zen 3).
+OVERHEAD_FP32: Annotated[float, Passport("ratio", "python scripts/profile_pass.py")] = 1.9
 OVERHEAD_BF16: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision bf16")] = 1.5
 OVERHEAD_INT8: Annotated[float, Passport("ratio", "python scripts/profile_pass.py --precision int8")] = 1.5
 # The same for an autoencoder, in fp32 and in bf16, over the time that its convolutions would take at the speed of a
@@ -173,18 +184,21 @@ OVERHEAD_BY_LAYERS: Annotated[float, Passport("ratio", "python scripts/bench_dec
 OVERHEAD_BY_LAYERS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 0.8
 OVERHEAD_BY_ROWS: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 3.1
 OVERHEAD_BY_ROWS_BF16: Annotated[float, Passport("ratio", "python scripts/bench_decode.py")] = 2.0
-# One layer of a denoiser for one sample, beside its arithmetic: Python, the start of operators, checks, blending; and
-# the weights of one layer prepared for the samples that share a read. Both in calls of a layer without arithmetic,
-# which are timed on the machine (measure.py): 27 µs on a Zen 3 server, where renders of mini at 512² and 1024² took 257
-# µs and about 300 µs of one thread's processor time, with 16 samples or one sharing a read.
+# One layer of a denoiser for one sample, or for small samples together, beside its arithmetic: Python, the start of
+# operators, checks, blending; and the weights of one layer prepared for the samples that share a read. Both in calls of
+# a layer without arithmetic, which are timed on the machine (measure.py): 27 µs on a Zen 3 server, where renders of
+# mini at 512² and 1024² took 257 µs and about 300 µs of one thread's processor time, with 16 samples or one sharing a
+# read, before samples ran together.
 RUN_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 9.5
 LOAD_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 11.0
 # An autoencoder or a UNet with layers narrower than NARROW has this much more overhead, times the difference of the
-# widths' inverses: norms and files take time by value, of which narrow layers have more for each operation, and narrow
-# convolutions are not transformed (mini, processor time of one thread: decoding, 16 channels, takes 7 times its
-# arithmetic at 1024²; a pass of the UNet, 48 channels, 3.8 times, of which 2.1 are every UNet's).
+# widths' inverses: norms and files take time by value, of which narrow layers have more for each operation (mini,
+# processor time of one thread: decoding, 16 channels, takes 7 times its arithmetic at 1024²).
 NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
 OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 105.0
+# The same for a UNet on one thread; more threads do not make it less (Zen 3, two threads: mini at 1024² and 2048² takes
+# 40 ms of a clock for each sample).
+OVERHEAD_NARROW_DENOISER: Annotated[float, Passport("channels", "python scripts/remaining.py --wall")] = 125.0
 
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for
 # SD 2.1, whatever the batch.

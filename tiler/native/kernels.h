@@ -128,7 +128,7 @@ typedef struct {
   const float *a;
   int64_t image_step;  // elements from one image to the next
   const void *weights;
-  int64_t point_bytes;
+  int64_t point_bytes;  // 0: the weights are in the order of a product of FP32, and are transformed here
   const float *bias, *residual;  // (outputs,) or NULL; like out, or NULL
   float *out;
   int64_t out_step, residual_step;  // elements from one place to the next

@@ -1,6 +1,6 @@
 // Large 3 × 3 convolutions with a quarter of the multiplications (transform.h), or of an image that is enlarged first with a
 // sixth: some tiles of the input at a time are transformed, multiplied with 36 or 25 matrices, and transformed back. What a tile
-// gives does not depend on which go together.
+// gives does not depend on which go together, nor on whether the weights were transformed before or are now.
 #include "transform.h"
 #include "pool.h"
 
@@ -102,6 +102,46 @@ INLINE void result_of_tile(const int enlarged, const WinogradTasks *t, int64_t n
   }
 }
 
+// Inputs of a block of outputs that are transformed at a time: they fit the second-level cache. Were the distance between two
+// points a multiple of 4 KB, all of them would share a few lines of the first.
+enum { LATE_STEP = CHUNK * LANES + 9 * LANES };
+
+// Inputs [first, first + count) from the order of a product, [tap][inputs][16], to [point][count][16].
+INLINE void transform_block(const float *weights, int64_t inputs, int64_t first, int64_t count, float *out) {
+  for (int64_t c = 0; c < count; c++) {
+    F16 plain[9], half[SEEN * 3], points[WINOGRAD_POINTS];
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; i++) plain[i] = load(weights + (i * inputs + first + c) * LANES);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; j++) transform_weight(plain + j, 3, half + j, 3);
+#pragma GCC unroll 6
+    for (int j = 0; j < SEEN; j++) transform_weight(half + 3 * j, 1, points + SEEN * j, 1);
+#pragma GCC unroll 36
+    for (int i = 0; i < WINOGRAD_POINTS; i++) store(out + i * LATE_STEP + c * LANES, points[i]);
+  }
+}
+
+// The products of 16 outputs, whose weights are transformed some inputs at a time: the spans of a product (next_span).
+static void late_products(const void *context, int64_t block) {
+  const WinogradTasks *t = context;
+  const Winograd *p = t->call;
+  const Product *whole = &t->product[0];
+  _Alignas(64) float weights[WINOGRAD_POINTS * LATE_STEP];
+  Span span = {.t1 = 0, .s1 = whole->steps};
+  for (int is_first = 1; next_span(whole, &span); is_first = 0) {
+    transform_block((const float *)p->weights + block * 9 * p->channels * LANES, p->channels, span.s0, span.s1 - span.s0, weights);
+    for (int64_t i = 0; i < WINOGRAD_POINTS; i++) {
+      Product part = t->product[i];
+      part.outputs = LANES, part.steps = span.s1 - span.s0, part.weights = weights + i * LATE_STEP;
+      part.a = (const char *)part.a + span.s0 * 4;
+      part.out = (float *)part.out + block * LANES;
+      part.residual = is_first ? NULL : part.out, part.residual_step = part.out_step;
+      ProductTasks tasks = {&part, 1};
+      panel_of(FP32, &tasks, 0);
+    }
+  }
+}
+
 static void result_plain(const void *t, int64_t number) { result_of_tile(0, t, number); }
 static void result_enlarged(const void *t, int64_t number) { result_of_tile(1, t, number); }
 static void seen_fp32(const void *t, int64_t number) { seen_of_tile(FP32, 0, t, number); }
@@ -139,7 +179,10 @@ static void winograd(Pool *pool, const Winograd *p, int threads) {
       t.products[i] = (ProductTasks){&t.product[i], parts};
     }
     pool_run(pool, seen, &t, t.count, threads);
-    pool_run(pool, products, &t, t.points * parts, threads);
+    if (p->point_bytes)
+      pool_run(pool, products, &t, t.points * parts, threads);
+    else
+      pool_run(pool, late_products, &t, t.outputs / LANES, threads);
     pool_run(pool, p->enlarged ? result_enlarged : result_plain, &t, t.count, threads);
   }
 }

@@ -17,6 +17,7 @@ from tiler.compute.measure import TableShape, attention_speed, call_seconds, cho
 from tiler.compute.shapes import MetaMeter
 from tiler.compute.stream import Streamer
 from tiler.compute.tuning import (
+    GROUP_ELEMENTS,
     LOAD_CALLS,
     NARROW,
     OVERHEAD_BF16,
@@ -27,6 +28,7 @@ from tiler.compute.tuning import (
     OVERHEAD_FP32,
     OVERHEAD_INT8,
     OVERHEAD_NARROW,
+    OVERHEAD_NARROW_DENOISER,
     RUN_CALLS,
 )
 from tiler.decoding.method import DecodePlan
@@ -43,8 +45,8 @@ _ROUNDS = 3  # of each measurement: an estimate of minutes does not need the fif
 
 class Flops(NamedTuple):
     """Floating-point operations, two for each multiply-add: of layers with weights, and of attention; how many `runs`
-    of a layer for a sample they are spread over; how often the weights of a layer are prepared for these (`loads`);
-    and the extra operations that narrow layers count as (`narrow`)."""
+    of a layer, for a sample or for small ones together, they are spread over; how often the weights of a layer are
+    prepared for these (`loads`); and the extra operations that narrow layers count as (`narrow`)."""
 
     layers: int
     attention: int
@@ -123,7 +125,7 @@ class Counter:
         self.family, self.streamer = models.family, streamer or Streamer(None)
         self.module = models.module(self.family.part(Role.DENOISER))
         self._layers = sum("weight" in dict(layer.named_parameters(recurse=False)) for layer in self.module.modules())
-        self._narrow = _narrow_overhead(self.family.traits.width)
+        self._narrow = _narrow_overhead(self.family.traits.width, OVERHEAD_NARROW_DENOISER * torch.get_num_threads())
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None, batches: Batches = ONE) -> Flops:
@@ -135,12 +137,18 @@ class Counter:
             (cut.canvas_steps, tile, batches.canvas),
         ):
             for step in steps:
-                total = total.plus(Flops(0, 0, loads=math.ceil(step.samples / batch) * self._layers))
+                reads, runs = (math.ceil(step.samples / n) for n in (batch, min(batch, self._together(*sides))))
+                total = total.plus(Flops(0, 0, runs * self._layers, reads * self._layers))
                 for samples, tiles in step.counts():
                     one = self._tile(samples, *sides, attention_window)
-                    runs, narrow = tiles * samples * self._layers, tiles * one.layers * self._narrow
-                    total = total.plus(Flops(tiles * one.layers, tiles * one.attention, runs, narrow=narrow))
+                    total = total.plus(
+                        Flops(tiles * one.layers, tiles * one.attention, narrow=tiles * one.layers * self._narrow)
+                    )
         return total
+
+    def _together(self, height: int, width: int) -> int:
+        """The samples of that many latents that run together at the highest resolution."""
+        return max(1, GROUP_ELEMENTS // (self.family.traits.width * height * width))
 
     def _tile(self, samples: int, height: int, width: int, window: int | None) -> Flops:
         key = samples, height, width, window
@@ -193,13 +201,14 @@ def coding_seconds(method: DecodePlan, speed: Speed) -> float:
     else:
         by_layers, by_rows, attention = OVERHEAD_BY_LAYERS, OVERHEAD_BY_ROWS, speed.attention
     overhead = by_layers if method.by_layers else by_rows
-    overhead += _narrow_overhead(method.width)
+    overhead += _narrow_overhead(method.width, OVERHEAD_NARROW)
     return overhead * method.flops / speed.fp32 + method.attention_flops / attention
 
 
-def _narrow_overhead(width: int) -> float:
-    """The overhead of layers with `width` channels at the highest resolution, if they are narrow."""
-    return OVERHEAD_NARROW * max(0.0, 1 / width - 1 / NARROW)
+def _narrow_overhead(width: int, channels: float) -> float:
+    """The overhead of layers with `width` channels at the highest resolution, if they are narrow; `channels` is one of
+    the constants OVERHEAD_NARROW."""
+    return channels * max(0.0, 1 / width - 1 / NARROW)
 
 
 def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float:
