@@ -3,6 +3,8 @@ drawings that it never saw."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 
 import art
@@ -20,7 +22,9 @@ from workshop import Workshop, log, to_tensor
 
 SIDE = 128  # px, what it sees
 FEATURES = 64
-_BATCH = 48
+_PART, _PARTS = 8, 3  # drawings; parts of a batch: larger ones take longer per drawing
+_KEPT = 800  # parts: 630 MB
+_LR = 2e-3
 _LEAST_DISC = 0.001  # of the picture: less of a disc is hidden
 _SECOND_DISC = 0.2  # share of drawings with a disc that get another one
 
@@ -57,12 +61,11 @@ def trained_classifier(workshop: Workshop, steps: int) -> Classifier:
     if (state := workshop.load_state("classifier")) is not None:
         model.load_state_dict(state)
         return model.eval()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    rng = np.random.default_rng(1)
-    for step in range(steps):
-        pictures, want = _batch(rng)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=0.01)
+    batches = _batches(np.random.default_rng(1))
+    for step, (pictures, want) in zip(range(steps), batches, strict=False):
         for group in optimiser.param_groups:
-            group["lr"] = step_size(1e-3, step, 1 - step / steps, falling=0.5)
+            group["lr"] = step_size(_LR, step, 1 - step / steps, falling=0.5)
         with autocast():
             got = model(_roughened(pictures).to(DEVICE))
         loss = attribute_loss({n: v.float() for n, v in got.items()}, {n: v.to(DEVICE) for n, v in want.items()})
@@ -75,12 +78,20 @@ def trained_classifier(workshop: Workshop, steps: int) -> Classifier:
     return model.eval()
 
 
-def _batch(rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    scenes = []
-    for seed in rng.integers(HELD_OUT, size=_BATCH).tolist():
-        scene = art.compose(seed)
-        scenes.append(with_second_disc(scene, rng) if scene.discs and rng.random() < _SECOND_DISC else scene)
-    return draw_labelled(scenes)
+def _batches(rng: np.random.Generator) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Endless batches of drawings and what can be seen in them. A drawing takes longer than learning from it, so one
+    part of a batch is new, and the others are parts of earlier ones."""
+    kept: deque[tuple[Tensor, dict[str, Tensor]]] = deque(maxlen=_KEPT)
+    while True:
+        scenes = []
+        for seed in rng.integers(HELD_OUT, size=_PART).tolist():
+            scene = art.compose(seed)
+            scenes.append(with_second_disc(scene, rng) if scene.discs and rng.random() < _SECOND_DISC else scene)
+        pictures, seen = draw_labelled(scenes)
+        kept.append((pictures.half(), seen))
+        parts = [kept[-1], *(kept[k] for k in rng.integers(len(kept), size=_PARTS - 1))]
+        want = {name: torch.cat([part[1][name] for part in parts]) for name in seen}
+        yield torch.cat([part[0] for part in parts]).float(), want
 
 
 def with_second_disc(scene: Scene, rng: np.random.Generator) -> Scene:

@@ -2,7 +2,7 @@
 
     evaluate.py sheet        24 prompts at 256 px as one picture: look at it first
     evaluate.py posters      canvases of --size, with seams, discs and likeness to the guide; which have a second disc
-    evaluate.py attributes   a classifier, trained here in --steps of 48 drawings, reads palette, time of day, terrain,
+    evaluate.py attributes   a classifier, trained here in --steps of 24 drawings, reads palette, time of day, terrain,
                              disc (kind, side, count), style and objects from drawings and from generated pictures
     evaluate.py distance     Fréchet distance of the classifier's features: generated against drawn, drawn
                              against drawn

@@ -1,7 +1,7 @@
 """Train `mini`, each stage from where it stopped, else from the committed weights:
 
     train.py draw --shards 22      drawings to learn from, 1,000 a shard
-    train.py vae --minutes 15      the autoencoder
+    train.py vae --minutes 15      the autoencoder; with --decoder that alone
     train.py words                 a new vocabulary, where captions have new words; then `unet --fresh`
     train.py unet --minutes 60     the UNet with its text encoder
     train.py export --out FOLDER   averaged weights as a diffusers folder (default: tiler/models/mini)
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, default=500, help="scenes and crops in a shard")
     parser.add_argument("--minutes", type=float, default=10, help="0: one step")
     parser.add_argument("--batch", type=int, default=0, help="default: 16 (vae), 32 (unet); on CUDA 128, 256")
+    parser.add_argument("--decoder", action="store_true", help="vae: the decoder alone; latents stay as they are")
     parser.add_argument("--lr", type=float, default=0.0, help="default: 3e-4 (vae), 1e-3 (unet)")
     parser.add_argument("--crops", type=float, default=0.35, help="unet: share of crops")
     parser.add_argument("--focus", type=float, default=3.0, help="unet: weight of sun, moon and boat in the loss")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         stages.draw(workshop, args.shards)
     elif args.stage == "vae":
         lr = args.lr or VaeSettings.lr
-        train_vae(workshop, VaeSettings(lr=lr, **own))
+        train_vae(workshop, VaeSettings(lr=lr, decoder=args.decoder, **own))
     elif args.stage == "words":
         stages.learn_words(workshop)
     elif args.stage == "unet":

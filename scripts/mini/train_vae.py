@@ -13,11 +13,13 @@ from model import LATENT_CHANNELS, POSTERIOR_STD, build_vae, fix_variance
 from optimisers import Average, Clock, step_size
 from pool import HELD_OUT_SHARD, SIDE
 from pooling import start_as_pooling
+from spectrum import spectral_error
 from torch import Tensor
 from workshop import Workshop, log, shipped_vae, to_tensor
 
 PIECE = 128  # px
 _SAVE_EVERY = 120.0  # seconds
+_SPECTRUM = 0.05  # weight of spectral_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +29,16 @@ class VaeSettings:
     batch: int = 0  # 0: 16 on a processor, 128 on CUDA
     lr: float = 3e-4
     cold: bool = False  # from averages and differences of pixels, not from weights
+    decoder: bool = False  # that alone, for the spectrum too: a UNet needs no training after it
 
 
 def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
     torch.manual_seed(1)
     pieces = _pieces(workshop, settings.batch or (16 if DEVICE.type == "cpu" else 128))
     vae = _begin(settings, next(pieces))
+    if settings.decoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     held_out = _held_out(workshop)
     optimiser = torch.optim.AdamW(
         vae.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=DEVICE.type == "cpu"
@@ -50,12 +56,14 @@ def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
     while True:
         for group in optimiser.param_groups:
             group["lr"] = step_size(settings.lr, len(losses), clock.left, falling=0.5)
-        loss = _loss(vae, next(pieces), goal)
+        x = next(pieces)
+        loss = _decoder_loss(vae, x) if settings.decoder else _loss(vae, x, goal)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
         optimiser.step()
-        fix_variance(vae)
+        if not settings.decoder:
+            fix_variance(vae)
         average.update()
         step += 1
         losses.append(loss.item())
@@ -114,10 +122,23 @@ def _loss(vae: AutoencoderKL, x: Tensor, goal: tuple[Tensor, Tensor]) -> Tensor:
     with autocast():
         mean = vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
         y = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample
-    z, error = mean.float(), y.float() - x
-    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    z = mean.float()
     drift = (z.mean((0, 2, 3)) - goal[0]).square().mean() + (z.std((0, 2, 3)) - goal[1]).square().mean()
-    return error.abs().mean() + 0.5 * edges + error.square().mean() + 0.01 * drift
+    return _difference(y.float() - x) + 0.01 * drift
+
+
+def _decoder_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    with torch.no_grad(), autocast():
+        mean = vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
+    with autocast():
+        y = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample.float()
+    return _difference(y - x) + _SPECTRUM * spectral_error(y, x)
+
+
+def _difference(error: Tensor) -> Tensor:
+    """Of pixels, and of their edges."""
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    return error.abs().mean() + 0.5 * edges + error.square().mean()
 
 
 @torch.no_grad()

@@ -308,6 +308,44 @@ def test_refining_is_judged_against_the_drawing(
     assert Image.open(tmp_path / "sheet.png").size == (1024, 512), "the refined one and the drawing"
 
 
+def test_generated_pictures_are_guided_as_long_as_rendered_ones() -> None:
+    """Guidance doubles a step's samples: in 15 of 20 steps for 0–0.75 of the schedule."""
+    import pictures
+
+    pipe = pictures.load_pipeline(FOLDER)
+    samples = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: samples.append(len(args[0])))
+    for seed in range(2):  # the pipeline keeps nothing from the picture before
+        made = pictures.generate(pipe, ["mountains at dawn"], [seed])
+        assert made.shape == (1, 256, 256, 3)
+    assert samples == 2 * (15 * [2] + 5 * [1])
+
+
+def test_the_classifier_learns_from_each_drawing_several_times() -> None:
+    """A third of a batch is new; the rest are earlier drawings with their own labels."""
+    from classifier import _PART, _batches
+
+    seen: dict[bytes, tuple[int, int]] = {}
+    batches = _batches(np.random.default_rng(0))
+    for number in range(3):
+        drawn, want = next(batches)
+        for k, picture in enumerate(drawn):
+            what = int(want["palette"][k]), int(want["terrain"][k])
+            assert seen.setdefault(picture.numpy().tobytes(), what) == what
+        assert len(drawn) == 3 * _PART and len(seen) == (number + 1) * _PART
+
+
+def test_a_texture_of_other_places_is_nearer_than_none() -> None:
+    """By its spectrum; by its pixels, none is nearer."""
+    from spectrum import spectral_error
+
+    rng = np.random.default_rng(0)
+    texture, other = (torch.from_numpy(rng.normal(0, 0.1, (1, 3, 64, 64))).float() for _ in range(2))
+    assert spectral_error(texture, texture) == 0
+    assert spectral_error(other, texture) < 0.6 * spectral_error(torch.zeros_like(texture), texture)
+    assert (other - texture).square().mean() > texture.square().mean()
+
+
 def settings_of(folder: Path, count: int) -> judges.Settings:
     from workshop import Workshop
 
@@ -351,6 +389,23 @@ def test_palettes_follow_the_prompt() -> None:
     made = pipe(prompts, num_inference_steps=5, guidance_scale=3.0, generator=generators, output_type="np").images
     right = [nearest((255 * picture).astype(np.uint8)) == name for picture, name in zip(made, asked, strict=True)]
     assert sum(right) >= len(asked) - 1, list(zip(prompts, right, strict=True))
+
+
+def test_the_decoder_is_trained_alone(tmp_path: Path) -> None:
+    """A UNet that knows the encoder's latents can go on."""
+    import stages
+    from train_vae import VaeSettings, train_vae
+    from workshop import Workshop, fingerprint, shipped_vae
+
+    workshop = Workshop(work=tmp_path, part=2)
+    stages.draw(workshop, 1)
+    train_vae(workshop, VaeSettings(minutes=0, batch=2, decoder=True))
+    before, after = shipped_vae(), workshop.vae()
+    assert fingerprint(after) == fingerprint(before)
+    moved = [
+        not torch.equal(p, q) for p, q in zip(before.decoder.parameters(), after.decoder.parameters(), strict=True)
+    ]
+    assert np.mean(moved) > 0.9  # the first step is too small for a few large weights
 
 
 def test_training_goes_on_from_the_committed_weights_and_exports(
