@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import tomllib
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from tiler import Budget, RenderRequest, render
 
 _DEFAULTS = tomllib.loads((SHIPPED / "tiler.toml").read_text())
 GUIDANCE, STEPS = _DEFAULTS["guidance_scale"], _DEFAULTS["num_inference_steps"]
-_GUIDED = round(STEPS * _DEFAULTS["guidance_interval"][1])  # steps, from the first
+_FIRST, _LAST = _DEFAULTS["guidance_interval"]
+assert _FIRST == 0
+_GUIDED = math.ceil(STEPS * _LAST)  # steps
 _BATCH = 16
 _CEILING = "4GB"
 # Written by hand, in words that captions use.

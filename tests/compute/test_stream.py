@@ -307,7 +307,7 @@ def test_short_reads_go_on_and_failed_reads_say_so(tmp_path: Path, monkeypatch: 
 
 
 @torch.no_grad()
-def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path) -> None:
+def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     family = families.read_family(resolve(str(tiny)))
     (x, t, texts), unet = inputs(family, 2), family.part(families.Role.DENOISER).build()
     index = match_index(unet, family.checkpoint.weights("unet"), families.plain_names)
@@ -331,6 +331,8 @@ def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path) -> None:
         assert torch.equal(predict_noise(unet, streamer, shared, t, embeds), want)
         # Self-attention comes before the prompt is seen.
         assert [calls.count(where) for where in ("first", "itself", "text")] == [2, 2, 4]
+        monkeypatch.setattr("tiler.compute.stream.GROUP_ELEMENTS", 1)
+        assert torch.equal(predict_noise(unet, streamer, tiles, t, embeds), want)  # one by one instead of together
 
 
 def test_a_piece_larger_than_the_arena_leaves_nothing_to_give_back() -> None:

@@ -231,7 +231,7 @@ class Kernel(ABC):
     takes_resident = False  # whether it computes with an fp32 weight in memory as it lies there
     multiplies_in_place = False  # the same for a packed int8 weight
     rows_together = 1  # of an image's result: inputs should be cut at multiples of them
-    enlarges = False  # whether it takes the small image where the input is one that is enlarged first, and nothing else
+    enlarges = False  # whether `begun` takes lines of the small image where the input is one that is enlarged first
 
     @abstractmethod
     def suits(self, op: Op, shape: Shape | None, policy: Policy) -> bool:

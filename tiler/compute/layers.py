@@ -39,11 +39,12 @@ from tiler.compute.steps import finished, made_input, product
 if TYPE_CHECKING:
     from tiler.compute.stream import Streamer
 
-# Parameters of up to this many elements are loaded at once and stay. A choice, no measurement: together, those of SD
-# 1.5 take 2 MB, and loading them in every pass would take more reads than all its other weights.
+# Parameters of up to this many elements are loaded at once and stay, except narrow layers of a denoiser. A choice, no
+# measurement: together, those of SD 1.5 take 2 MB, and loading them in every pass would take more reads than all its
+# other weights.
 SMALL = 64 * 1024
-# A linear layer or convolution with at least so many inputs and outputs is streamed however few elements it has: our
-# own kernels compute several samples at once with it. A choice, no measurement; `mini`'s narrowest layers have 48.
+# In a denoiser, a linear layer or convolution with at least so many inputs and outputs is streamed however few elements
+# it has: tiler's library computes several samples at once with it. A choice, no measurement; `mini` has 48.
 _CHANNELS = 48
 _PLAIN, _NOTHING = Input(), Epilogue()
 
@@ -282,20 +283,22 @@ _CLASSES: Sequence[tuple[type[nn.Module], type[StreamedLayer]]] = (
 )
 
 
-def is_small(layer: nn.Linear | nn.Conv2d | nn.Embedding) -> bool:
+def _is_small(layer: nn.Linear | nn.Conv2d | nn.Embedding, streamer: Streamer) -> bool:
     """Whether a layer's weight is loaded with the norms and stays."""
-    is_narrow = isinstance(layer, nn.Embedding) or min(layer.weight.shape[:2]) < _CHANNELS
-    return is_narrow and layer.weight.numel() <= SMALL
+    if layer.weight.numel() > SMALL:
+        return False
+    in_denoiser = streamer.policy.winograd  # an autoencoder's layers are transformed only while they are held
+    return not in_denoiser or isinstance(layer, nn.Embedding) or min(layer.weight.shape[:2]) < _CHANNELS
 
 
 def stream_layers(module: nn.Module, streamer: Streamer) -> None:
-    """Turn the large layers of a meta-device `module` into streamed ones, and load the small parameters. No layer's
+    """Turn the layers of a meta-device `module` into streamed ones, and load the small ones' parameters. No layer's
     result depends on the number of threads. The layers change class in place, so the tree, its names and its hooks stay
     the same."""
     named = list(module.named_modules())
     for path, child in named:
         for plain, streamed in _CLASSES:
-            if type(child) is plain and not is_small(child):  # type: ignore[arg-type]
+            if type(child) is plain and not _is_small(child, streamer):  # type: ignore[arg-type]
                 child.__class__ = streamed
                 child.key, child.streamer = f"{path}.weight".lstrip("."), streamer  # type: ignore[assignment]
         for plain, small in (nn.Linear, SmallLinear), (nn.Conv2d, SmallConv2d):

@@ -1,4 +1,4 @@
-"""Large 3 × 3 convolutions in fp32 with a quarter of the multiplications, by tiler's own library
+"""3 × 3 convolutions in fp32 with a quarter of the multiplications, by tiler's own library
 (tiler/native/winograd.h).
 
 The rounding error is 3e-7 of the result; a direct convolution's is 2e-7. The result for a tile of 4 × 4 pixels does not
@@ -52,12 +52,9 @@ class NativeWinograd(NativeFp32):
             and super().suits(op, shape, policy)
             and op.geometry is not None
             and len(op.group.weights) == 1
-            and can_transform(op.group.shape, op.geometry, self._least_channels())
+            and can_transform(op.group.shape, op.geometry, _least_channels(op, policy))
             and (shape is None or math.prod(op.output_shape(shape)[2:]) >= NATIVE_WINOGRAD_PIXELS)
         )
-
-    def _least_channels(self) -> int:
-        return NATIVE_WINOGRAD_CHANNELS
 
     def held_bytes(self, op: Op, shape: Shape | None) -> int:
         return 4 * self.points * op.group.numel // 9 // self.values_a_lane
@@ -141,5 +138,7 @@ class NativeWinogradBf16(NativeWinograd):
             return False
         return library.has_bf16() and super().suits(op, shape, policy)
 
-    def _least_channels(self) -> int:
-        return NATIVE_WINOGRAD_BF16_CHANNELS
+
+def _least_channels(op: Op, policy: Policy) -> int:
+    """The least inputs and outputs of a convolution that is transformed: more where bf16 would be the alternative."""
+    return NATIVE_WINOGRAD_BF16_CHANNELS if policy.bf16.issuperset(op.group.names) else NATIVE_WINOGRAD_CHANNELS

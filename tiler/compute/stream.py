@@ -4,8 +4,8 @@
 serves all of them:
 
 - a module whose weights fit the arena (a unit) is held there in fp32 and runs sample by sample, or a few small samples
-  at a time: transients are one sample's. Each weight is fetched when it is first used, and stays until the unit is
-  done;
+  at a time: transients are those of one sample or of such a group. Each weight is fetched when it is first used, and
+  stays until the unit is done;
 - a larger one runs on the stacked samples; the units inside it do as above, and a layer larger than the arena streams
   its weights in pieces, each applied to every sample.
 
@@ -52,8 +52,9 @@ class Streamer:
     round values to bf16. `short` says whether memory is short: then the memory freed by one sample returns to the
     system before the next sample runs, and so does unused space of the arena. `ranks` are the ranks of the low-rank
     paths beside int8 weights if there is no store; `in_place` tells that all int8 weights will stay in memory, where
-    some kernels multiply them as they lie. With `transform`, sufficiently large convolutions are computed by
-    winograd.py. Kernels in `prefer` take precedence over the processor's table.
+    some kernels multiply them as they lie. With `transform`, as denoisers have it, 3 × 3 convolutions are transformed
+    (winograd.py, native_winograd.py) and narrow layers are streamed too. Kernels in `prefer` take precedence over the
+    processor's table.
     """
 
     def __init__(
@@ -249,7 +250,7 @@ class Streamer:
         with self.hold(module):
             results: list[Tensor] = []
             while calls:
-                group, same = self._next_group(module, calls)
+                group, same = self._next_group(calls)
                 if results and calls and group[0][0].is_meta:
                     # Planning: the transients of the last samples are the peak.
                     made = [torch.empty_like(results[0]) for _ in group]
@@ -262,9 +263,7 @@ class Streamer:
                 del group
             return results
 
-    def _next_group(
-        self, module: nn.Module, calls: list[tuple[Tensor, ...]]
-    ) -> tuple[list[tuple[Tensor, ...]], list[int]]:
+    def _next_group(self, calls: list[tuple[Tensor, ...]]) -> tuple[list[tuple[Tensor, ...]], list[int]]:
         """Take the calls that run together from the front of `calls`, without consecutive duplicates, and the number of
         duplicates of each."""
         most = max(1, GROUP_ELEMENTS // max(x.numel() for x in calls[0]))
@@ -272,7 +271,7 @@ class Streamer:
         while calls:
             if all(a is b for a, b in zip(calls[0], group[-1], strict=True)):
                 same[-1] += 1
-            elif len(group) < most:
+            elif len(group) < most and all(a.shape == b.shape for a, b in zip(calls[0], group[0], strict=True)):
                 group.append(calls[0])
                 same.append(1)
             else:

@@ -202,8 +202,9 @@ def frugal_allocator() -> None:
     """
     global _threshold
     # OpenMP's threads wait for each other by spinning, 300,000 turns by default. If other programs use the cores, they
-    # spin for a thread that has no core, and small layers took thirty times as long. Alone on the machine they keep the
-    # cores from the threads of tiler's own library: SD 1.5 in int8 takes 6–9 % longer with two.
+    # spin for a thread that has no core, and small layers took thirty times as long. On an idle machine they occupy the
+    # cores that the threads of tiler's library need: a pass of SD 1.5 in int8 takes 6–9 % longer with two threads
+    # (scripts/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")

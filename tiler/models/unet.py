@@ -57,7 +57,7 @@ def build_unet(checkpoint: Checkpoint, config: dict[str, Any]) -> UNet2DConditio
 
 
 def large_weights(model: torch.nn.Module) -> list[str]:
-    """The weights of a module's streamed layers, without tables."""
+    """The weights of a module's layers with more than SMALL elements, without tables."""
     layers = ((n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
     return [f"{name}.weight" for name, layer in layers if layer.weight.numel() > SMALL]
 

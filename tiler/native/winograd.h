@@ -1,4 +1,4 @@
-// Large 3 × 3 convolutions with a quarter of the multiplications (transform.h), or of an image that is enlarged first with a
+// 3 × 3 convolutions with a quarter of the multiplications (transform.h), or of an image that is enlarged first with a
 // sixth: some tiles of the input at a time are transformed, multiplied with 36 or 25 matrices, and transformed back. What a tile
 // gives does not depend on which go together, nor on whether the weights were transformed before or are now.
 #include "transform.h"
@@ -23,7 +23,7 @@ INLINE Tile tile_at(const WinogradTasks *t, int64_t number) {
   return (Tile){number / (t->down * t->across), place / t->across * SIDE, place % t->across * SIDE};
 }
 
-// Of a tile's pixels, `side` × `side`, what is multiplied.
+// Transform the pixels that a tile sees, `side` × `side`: the left factors of its products.
 INLINE void seen_of_tile(const enum Kind kind, const int enlarged, const WinogradTasks *t, int64_t number) {
   const int side = enlarged ? SEEN_SMALL : SEEN;
   const Winograd *p = t->call;
@@ -102,7 +102,7 @@ INLINE void result_of_tile(const int enlarged, const WinogradTasks *t, int64_t n
   }
 }
 
-// Inputs of a block of outputs that are transformed at a time: they fit the second-level cache. Were the distance between two
+// Inputs of a block of outputs that are transformed at a time: they take 315 KB, and fit most second-level caches. Were the distance between two
 // points a multiple of 4 KB, all of them would share a few lines of the first.
 enum { LATE_STEP = CHUNK * LANES + 9 * LANES };
 

@@ -107,6 +107,11 @@ class Speed:
         """Beside bf16 and int8 weights."""
         return self._attention("int8" if cpu.int8().products else "fp32")
 
+    @property
+    def threads(self) -> int:
+        """The threads that were measured."""
+        return torch.get_num_threads()
+
     @cached_property
     def call(self) -> float:
         """Seconds."""
@@ -125,7 +130,7 @@ class Counter:
         self.family, self.streamer = models.family, streamer or Streamer(None)
         self.module = models.module(self.family.part(Role.DENOISER))
         self._layers = sum("weight" in dict(layer.named_parameters(recurse=False)) for layer in self.module.modules())
-        self._narrow = _narrow_overhead(self.family.traits.width, OVERHEAD_NARROW_DENOISER * torch.get_num_threads())
+        self._narrow = _narrow_overhead(self.family.traits.width, OVERHEAD_NARROW_DENOISER)
         self.known: dict[tuple[int, int, int, int | None], Flops] = {}
 
     def count(self, cut: Tiling, attention_window: int | None, batches: Batches = ONE) -> Flops:
@@ -219,5 +224,5 @@ def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float
         layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
     else:
         layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
-    small = (RUN_CALLS * work.runs + LOAD_CALLS * work.loads) * speed.call + work.narrow / speed.fp32
+    small = (RUN_CALLS * work.runs + LOAD_CALLS * work.loads) * speed.call + work.narrow * speed.threads / speed.fp32
     return overhead * (work.layers / layers + work.attention / attention) + small
