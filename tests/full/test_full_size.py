@@ -104,7 +104,7 @@ def test_two_samples_share_a_read_under_800_mb_by_the_kernels_own_mark(sd15: Pat
     )
     peak, report = render_peak(tmp_path, "--model", str(sd15), *options, *tiny_decoder(tmp_path))
     assert peak < 800_000_000
-    # Since inner convolutions are transformed at each call and upsamplers read the small image, the peak is 10.4 % less.
+    # Inner convolutions are transformed at each call, upsamplers read the small image: the peak lies 10.4 % below.
     assert report["predicted_peak_bytes"] == pytest.approx(peak, rel=0.12)
     assert (report["denoiser_samples"], report["denoiser_calls"]) == (2, 1)
     assert report["denoiser_bytes_read"] <= 1.72e9  # the UNet's, at most once
