@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.layers import as_unit, attend, convolve, enlarging, linear, linear_layers
+from tiler.compute.layers import StreamedLayer, as_unit, attend, convolve, enlarging, linear, linear_layers
 from tiler.compute.steps import activated, joined, normed
 from tiler.compute.tuning import FEED_FORWARD_ELEMENTS, FEED_FORWARD_ELEMENTS_READ, FEED_FORWARD_TOKENS
 from tiler.models import strips
@@ -52,7 +52,13 @@ class ResnetFirstHalf(nn.Module):
         parts = (hidden, *skip)
         by = strips.convolve if strips.are_large(parts, self.whole_elements) else convolve
         h = by(self.conv, *parts, norm=self.norm, activation=self.act)
-        return h.add_(self.time(activated(self.act, temb.clone()))[:, :, None, None])
+        return h.add_(self._projected(activated(self.act, temb.clone()))[:, :, None, None])
+
+    def _projected(self, temb: Tensor) -> Tensor:
+        if isinstance(self.time, StreamedLayer):
+            projected: Tensor = self.time(temb)
+            return projected
+        return torch.cat([self.time(one) for one in temb.split(1)])  # the bits of a product depend on their number
 
 
 class ResnetSecondHalf(nn.Module):
