@@ -11,8 +11,8 @@ _FAINT = 0.01  # of a coefficient; the rounding of pixels to 8 bits is a tenth o
 
 def spectral_error(got: Tensor, want: Tensor) -> Tensor:
     """Mean difference of the logarithms of power, of two (n, 3, H, W) in [-1, 1], over the Fourier coefficients of
-    windows. A pixel that nothing foretells is best guessed by a mean, so pixels alone teach blur; how strong a texture
-    is can be foretold."""
+    windows. Where single pixels cannot be predicted, the mean has the least error, so a loss on pixels teaches blur;
+    the strength of a texture can be predicted."""
     return (_log_power(got) - _log_power(want)).abs().mean()
 
 

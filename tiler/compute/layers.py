@@ -98,7 +98,7 @@ class StreamedConv2d(nn.Conv2d, StreamedLayer):
         return self.enlarges and self.streamer.kernel(self.op(), None).enlarges
 
 
-def _each(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def each_sample(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The product of each sample by itself: its bits must not depend on their number."""
     return product(x) if len(x) == 1 or x.is_meta else torch.cat([product(one) for one in x.split(1)])
 
@@ -108,7 +108,7 @@ class SmallLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (batch, ..., in) fp32 → (batch, ..., out)."""
-        return _each(lambda one: product(one, self.weight, self.bias), x)
+        return each_sample(lambda one: product(one, self.weight, self.bias), x)
 
 
 class SmallConv2d(nn.Conv2d):
@@ -116,7 +116,7 @@ class SmallConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (n, in, height, width) fp32 → (n, out, height', width')."""
-        return _each(lambda one: plain_convolution(one, self.weight, self.bias, Geometry.of(self)), x)
+        return each_sample(lambda one: plain_convolution(one, self.weight, self.bias, Geometry.of(self)), x)
 
 
 class StreamedEmbedding(nn.Embedding, StreamedLayer):

@@ -12,6 +12,11 @@ from typing import Annotated, NamedTuple
 from tiler.compute.cpu import Isa
 from tiler.memory.tuning import Passport
 
+# The order for every processor on which the library's kernels are those of AVX2.
+_CONVOLUTION_BY_AVX2 = (
+    "native-int8", "native-winograd-enlarged", "native-winograd", "native-winograd-late", "winograd", "native-fp32",
+    "fp32",
+)  # fmt: skip
 # The kernels that may run an operation, best first; the first that suits the operation is taken. Times are of one
 # thread of a Zen 4 server, limited to the row's instructions: 3 × 3 convolutions of 320 channels at 64 × 64 and of 640
 # at 32 × 32, as shares of oneDNN's 68 and 67 ms (AVX2: 78 and 88); linear layers 4096 × 320 × 320 and 256 × 1280 ×
@@ -45,30 +50,14 @@ KERNELS_OF: Annotated[
     # still comes first for weights stored as int8: see AVX2. Attention was not measured against torch's of AVX-512.
     Isa.AVX512: {
         "linear": ("native-int8", "native-fp32", "fp32"),
-        "convolution": (
-            "native-int8",
-            "native-winograd-enlarged",
-            "native-winograd",
-            "native-winograd-late",
-            "winograd",
-            "native-fp32",
-            "fp32",
-        ),
+        "convolution": _CONVOLUTION_BY_AVX2,
         "attention": ("fp32",),
     },
     # Not measured, because no such processor was available: the 8-bit products are those of AVX512_VNNI at half the
     # width, everything else is as in AVX2.
     Isa.AVX2_VNNI: {
         "linear": ("native-int8", "fp32"),
-        "convolution": (
-            "native-int8",
-            "native-winograd-enlarged",
-            "native-winograd",
-            "native-winograd-late",
-            "winograd",
-            "native-fp32",
-            "fp32",
-        ),
+        "convolution": _CONVOLUTION_BY_AVX2,
         "attention": ("native-attention", "fp32"),
     },
     # native-winograd 0.46 and 0.37, winograd 0.46 and 0.38, native-int8 0.54 and 0.59, native-fp32 1.29 and 1.22;
@@ -84,15 +73,7 @@ KERNELS_OF: Annotated[
     # 16 × 16, 0.5 for two such samples and for eight at 8 × 8, 0.5 for 960 at 32 × 32 (one at 8 × 8: 1.1).
     Isa.AVX2: {
         "linear": ("native-int8", "native-fp32", "fp32"),
-        "convolution": (
-            "native-int8",
-            "native-winograd-enlarged",
-            "native-winograd",
-            "native-winograd-late",
-            "winograd",
-            "native-fp32",
-            "fp32",
-        ),
+        "convolution": _CONVOLUTION_BY_AVX2,
         "attention": ("native-attention", "fp32"),
     },
     # Not measured: fp32 is known to work.

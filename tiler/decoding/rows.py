@@ -163,7 +163,7 @@ class Conv(Stage):
             part = out[:, :, scale * top : scale * bottom]
             window.compute(seen, part, None if residual is None else residual(bottom - top))
             tail = seen[len(seen) - beyond :]
-            if bottom == count or step < beyond:  # else it does not overlap the lines to which it goes next
+            if bottom == count or step < beyond:  # otherwise a view will do: the next strip copies it elsewhere
                 tail = tail.clone()
         self.tail = None if last or not self.halo else self._with(window, tail, x, taken)
         return out if count else None

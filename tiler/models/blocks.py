@@ -14,7 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tiler.compute.layers import StreamedLayer, as_unit, attend, convolve, enlarging, linear, linear_layers
+from tiler.compute.layers import (
+    StreamedLayer,
+    as_unit,
+    attend,
+    convolve,
+    each_sample,
+    enlarging,
+    linear,
+    linear_layers,
+)
 from tiler.compute.steps import activated, joined, normed
 from tiler.compute.tuning import FEED_FORWARD_ELEMENTS, FEED_FORWARD_ELEMENTS_READ, FEED_FORWARD_TOKENS
 from tiler.models import strips
@@ -55,10 +64,8 @@ class ResnetFirstHalf(nn.Module):
         return h.add_(self._projected(activated(self.act, temb.clone()))[:, :, None, None])
 
     def _projected(self, temb: Tensor) -> Tensor:
-        if isinstance(self.time, StreamedLayer):
-            projected: Tensor = self.time(temb)
-            return projected
-        return torch.cat([self.time(one) for one in temb.split(1)])  # the bits of a product depend on their number
+        projected: Tensor = self.time(temb) if isinstance(self.time, StreamedLayer) else each_sample(self.time, temb)
+        return projected
 
 
 class ResnetSecondHalf(nn.Module):

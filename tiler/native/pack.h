@@ -29,17 +29,8 @@ INLINE void pack_block(const enum Kind kind, const Pack *p, int64_t block) {
     const F16 *from = plain;
     int64_t points = p->taps;
     if (p->is_transformed) {
-      for (int64_t i = 0; p->enlarged && i < count; i++) {
-        F16 half[POINTS_SMALL * 3];
-        for (int j = 0; j < 3; j++) transform_weight_small(plain + i * 9 + j, 3, half + j, 3);
-        for (int j = 0; j < POINTS_SMALL; j++)
-          transform_weight_small(half + 3 * j, 1, values + i * ENLARGED_POINTS + POINTS_SMALL * j, 1);
-      }
-      for (int64_t i = 0; !p->enlarged && i < count; i++) {
-        F16 half[SEEN * 3];
-        for (int j = 0; j < 3; j++) transform_weight(plain + i * 9 + j, 3, half + j, 3);
-        for (int j = 0; j < SEEN; j++) transform_weight(half + 3 * j, 1, values + i * WINOGRAD_POINTS + SEEN * j, 1);
-      }
+      for (int64_t i = 0; p->enlarged && i < count; i++) weight_points(1, plain + i * 9, values + i * ENLARGED_POINTS);
+      for (int64_t i = 0; !p->enlarged && i < count; i++) weight_points(0, plain + i * 9, values + i * WINOGRAD_POINTS);
       from = values, points = p->enlarged ? ENLARGED_POINTS : WINOGRAD_POINTS;
     }
     for (int64_t t = 0; t < points; t++) {

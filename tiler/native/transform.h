@@ -77,4 +77,35 @@ INLINE void transform_output_small(const F16 *m, int step, F16 *out, int out_ste
   out[2 * out_step] = inner + odd;
   out[3 * out_step] = m[4 * step] + (outer + odd);
 }
+
+// One line or column of a tile's input or products, and all of a weight's 9 taps, for an image that is `enlarged` or not.
+INLINE void input_line(const int enlarged, const F16 *x, F16 *out, int out_step) {
+  if (enlarged)
+    transform_input_small(x, 1, out, out_step);
+  else
+    transform_input(x, 1, out, out_step);
+}
+
+INLINE void output_line(const int enlarged, const F16 *m, F16 *out, int out_step) {
+  if (enlarged)
+    transform_output_small(m, 1, out, out_step);
+  else
+    transform_output(m, 1, out, out_step);
+}
+
+INLINE void weight_line(const int enlarged, const F16 *w, int step, F16 *out, int out_step) {
+  if (enlarged)
+    transform_weight_small(w, step, out, out_step);
+  else
+    transform_weight(w, step, out, out_step);
+}
+
+INLINE void weight_points(const int enlarged, const F16 *taps, F16 *points) {
+  const int side = enlarged ? POINTS_SMALL : SEEN;
+  F16 half[SEEN * 3];
+#pragma GCC unroll 3
+  for (int j = 0; j < 3; j++) weight_line(enlarged, taps + j, 3, half + j, 3);
+#pragma GCC unroll 6
+  for (int j = 0; j < side; j++) weight_line(enlarged, half + 3 * j, 1, points + side * j, 1);
+}
 #endif

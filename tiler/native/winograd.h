@@ -43,17 +43,9 @@ INLINE void seen_of_tile(const enum Kind kind, const int enlarged, const Winogra
         int is_there = line < p->lines && place < p->places;
         x[i] = is_there ? load_some(image + (line * p->places + place) * p->channels + c, p->channels - c) : all(0.f);
       }
-      if (enlarged)
-        transform_input_small(x, 1, half + j, side);
-      else
-        transform_input(x, 1, half + j, side);
+      input_line(enlarged, x, half + j, side);
     }
-    for (int i = 0; i < side; i++) {
-      if (enlarged)
-        transform_input_small(half + side * i, 1, points + side * i, 1);
-      else
-        transform_input(half + side * i, 1, points + side * i, 1);
-    }
+    for (int i = 0; i < side; i++) input_line(enlarged, half + side * i, points + side * i, 1);
     for (int i = 0; i < side * side; i++) {
       if (kind == BF16)
         store_half((uint16_t *)(out + i * point) + c, bf16(points[i]), t->seen_bytes / 2 - c);
@@ -81,17 +73,9 @@ INLINE void result_of_tile(const int enlarged, const WinogradTasks *t, int64_t n
     for (int j = 0; j < side; j++) {
       F16 m[SEEN];
       for (int i = 0; i < side; i++) m[i] = load(products + (side * i + j) * point + c);
-      if (enlarged)
-        transform_output_small(m, 1, half + j, side);
-      else
-        transform_output(m, 1, half + j, side);
+      output_line(enlarged, m, half + j, side);
     }
-    for (int i = 0; i < SIDE; i++) {
-      if (enlarged)
-        transform_output_small(half + side * i, 1, out + SIDE * i, 1);
-      else
-        transform_output(half + side * i, 1, out + SIDE * i, 1);
-    }
+    for (int i = 0; i < SIDE; i++) output_line(enlarged, half + side * i, out + SIDE * i, 1);
     for (int64_t i = 0; i < down; i++)
       for (int64_t j = 0; j < across; j++) {
         int64_t place = first + i * p->width + j;
@@ -109,13 +93,10 @@ enum { LATE_STEP = CHUNK * LANES + 9 * LANES };
 // Inputs [first, first + count) from the order of a product, [tap][inputs][16], to [point][count][16].
 INLINE void transform_block(const float *weights, int64_t inputs, int64_t first, int64_t count, float *out) {
   for (int64_t c = 0; c < count; c++) {
-    F16 plain[9], half[SEEN * 3], points[WINOGRAD_POINTS];
+    F16 plain[9], points[WINOGRAD_POINTS];
 #pragma GCC unroll 9
     for (int i = 0; i < 9; i++) plain[i] = load(weights + (i * inputs + first + c) * LANES);
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; j++) transform_weight(plain + j, 3, half + j, 3);
-#pragma GCC unroll 6
-    for (int j = 0; j < SEEN; j++) transform_weight(half + 3 * j, 1, points + SEEN * j, 1);
+    weight_points(0, plain, points);
 #pragma GCC unroll 36
     for (int i = 0; i < WINOGRAD_POINTS; i++) store(out + i * LATE_STEP + c * LANES, points[i]);
   }
