@@ -2,8 +2,10 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #if defined(__x86_64__)
@@ -13,12 +15,18 @@
 #define RELAX() __asm__ volatile("yield")
 #endif
 
-enum { SPINS = 4000, MOST = 256, STACK = 1 << 20 };  // spins: some tens of µs before a worker sleeps
+enum {
+  SPINS = 64,            // between looks at the clock
+  AWAKE = 1000000,       // ns a thread waits before it sleeps: jobs are some hundreds of µs apart, and waking takes as long
+  SHARES = 4,            // of a thread among the tasks that are left: it takes them in spans, as neighbours share lines of memory
+  MOST = 256,
+  STACK = 1 << 20
+};
 
 typedef struct {
   Task task;
   const void *context;
-  int64_t count;
+  int64_t count, shares;
   _Atomic int64_t next;
   int places;  // for further workers; under the lock
 } Job;
@@ -28,18 +36,36 @@ struct Pool {
   pthread_cond_t wake, done;
   Job *job;              // NULL: none to join
   _Atomic int64_t epoch; // counts jobs, so that a spinning worker sees a new one
+  _Atomic int64_t active; // workers inside the job; changes under the lock
   atomic_int busy;       // whether a caller has the pool
-  int active;            // workers inside the job
   int workers, stop;
   pthread_t thread[MOST];
   pid_t pid;  // whose threads these are: a child of fork has none
 };
 
+static int64_t nanoseconds(void) {
+  struct timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+// Waits a little for the counter to have the value, or another one; threads that want the processor have it meanwhile.
+static void spin(const _Atomic int64_t *counter, int64_t value, int is_other) {
+  for (int64_t end = nanoseconds() + AWAKE; nanoseconds() < end; sched_yield())
+    for (int i = 0; i < SPINS; i++) {
+      if ((atomic_load_explicit(counter, memory_order_relaxed) == value) != is_other) return;
+      RELAX();
+    }
+}
+
 static void take_tasks(Job *job) {
+  int64_t first = 0, last;
   for (;;) {
-    int64_t number = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed);
-    if (number >= job->count) return;
-    job->task(job->context, number);
+    do {
+      if (first >= job->count) return;
+      last = first + (job->count - first + job->shares - 1) / job->shares;
+    } while (!atomic_compare_exchange_weak_explicit(&job->next, &first, last, memory_order_relaxed, memory_order_relaxed));
+    for (; first < last; first++) job->task(job->context, first);
   }
 }
 
@@ -47,7 +73,7 @@ static void *work(void *argument) {
   Pool *pool = argument;
   int64_t seen = 0;
   for (;;) {
-    for (int i = 0; i < SPINS && atomic_load_explicit(&pool->epoch, memory_order_relaxed) == seen; i++) RELAX();
+    spin(&pool->epoch, seen, 1);
     pthread_mutex_lock(&pool->lock);
     while (!pool->stop && atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
     seen = atomic_load(&pool->epoch);
@@ -72,7 +98,8 @@ static void begin(Pool *pool) {
   pool->job = NULL;
   atomic_store(&pool->epoch, 0);
   atomic_store(&pool->busy, 0);
-  pool->active = pool->workers = pool->stop = 0;
+  atomic_store(&pool->active, 0);
+  pool->workers = pool->stop = 0;
   pool->pid = getpid();
 }
 
@@ -106,7 +133,7 @@ static void grow(Pool *pool, int workers) {
 }
 
 void pool_run(Pool *pool, Task task, const void *context, int64_t count, int threads) {
-  Job job = {.task = task, .context = context, .count = count, .next = 0};
+  Job job = {.task = task, .context = context, .count = count, .shares = 1, .next = 0};
   if (pool->pid != getpid()) begin(pool);
   int idle = 0;
   if (count < 2 || threads < 2 || !atomic_compare_exchange_strong(&pool->busy, &idle, 1)) {
@@ -116,6 +143,7 @@ void pool_run(Pool *pool, Task task, const void *context, int64_t count, int thr
   int64_t others = (threads < count ? threads : count) - 1;
   grow(pool, (int)others);
   job.places = (int)others;
+  job.shares = SHARES * (others + 1);
   pthread_mutex_lock(&pool->lock);
   pool->job = &job;
   atomic_fetch_add(&pool->epoch, 1);
@@ -124,6 +152,9 @@ void pool_run(Pool *pool, Task task, const void *context, int64_t count, int thr
   take_tasks(&job);
   pthread_mutex_lock(&pool->lock);
   pool->job = NULL;
+  pthread_mutex_unlock(&pool->lock);
+  spin(&pool->active, 0, 0);
+  pthread_mutex_lock(&pool->lock);
   while (pool->active) pthread_cond_wait(&pool->done, &pool->lock);
   pthread_mutex_unlock(&pool->lock);
   atomic_store(&pool->busy, 0);
