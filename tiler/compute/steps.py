@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiler.compute.kernels import Epilogue, Input
+from tiler.compute.native_inputs import quantize_images
 from tiler.compute.tuning import NORM_ELEMENTS
+from tiler.native.library import Type, library
 
 _SHARE = 2**16  # values of an activation for each thread at a time: whole vectors, in the cache
 _ALONE = 2**14  # values up to which torch uses one thread, whatever the activation
@@ -73,8 +75,11 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """torch's GroupNorm of x, (n, C, ...) fp32, in the same memory layout. The sums of a channel are taken over a few
-    pixels at a time, of differences to its first pixel, and combined in fp64 (Chan, Golub & LeVeque 1979)."""
+    """torch's GroupNorm of x, (n, C, ...) fp32, by tiler's library if x is (n, C, h, w). Without it, the sums of a channel
+    are taken over a few pixels at a time, of differences to its first pixel, and combined in fp64 (Chan, Golub & LeVeque
+    1979)."""
+    if x.ndim == 4 and x.dtype == torch.float32 and library() is not None:
+        return quantize_images((x,), (0, 0), norm, silu=False, out_type=Type.FP32).values.permute(0, 3, 1, 2)
     out = torch.empty_like(x)
     if x.is_meta:
         return out
