@@ -15,6 +15,7 @@ import torch
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
 from tiler.memory.budget import Budget, parse_bytes
+from tiler.memory.policy import at_layer
 from tiler.memory.process import Rss, read_rss, trim
 
 
@@ -204,6 +205,19 @@ print((faults[-1] - faults[0]) * resource.getpagesize(), process.read_rss().now)
     faulted, now = map(int, fresh(code).split())
     assert (faulted < 10 * 2**20) == stays
     assert (now > 40 * 2**20) == stays
+
+
+@pytest.mark.parametrize(
+    ("planned", "freed", "stays"), [("1500MB", 40, True), ("1500MB", 80, False), ("1700MB", 40, False)]
+)
+def test_freed_heap_stays_where_the_plan_leaves_room(
+    monkeypatch: pytest.MonkeyPatch, planned: str, freed: int, stays: bool
+) -> None:
+    released = []
+    monkeypatch.setattr(process, "free_heap", lambda: freed * 2**20)
+    monkeypatch.setattr(process, "release_heap", lambda: released.append(freed))
+    at_layer(Budget("2GB"), parse_bytes(planned))("layer")
+    assert (not released) == stays
 
 
 def test_memory_is_short_when_what_comes_would_not_fit() -> None:

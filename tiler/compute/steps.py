@@ -75,9 +75,9 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """torch's GroupNorm of x, (n, C, ...) fp32, by tiler's library if x is (n, C, h, w). Without it, the sums of a channel
-    are taken over a few pixels at a time, of differences to its first pixel, and combined in fp64 (Chan, Golub & LeVeque
-    1979)."""
+    """torch's GroupNorm of x, (n, C, ...) fp32: of images, (n, C, h, w), by tiler's library. Without it, the sums of a
+    channel are taken over a few pixels at a time, of differences to its first pixel, and combined in fp64 (Chan, Golub
+    & LeVeque 1979)."""
     if x.ndim == 4 and x.dtype == torch.float32 and library() is not None:
         return quantize_images((x,), (0, 0), norm, silu=False, out_type=Type.FP32).values.permute(0, 3, 1, 2)
     out = torch.empty_like(x)

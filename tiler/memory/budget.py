@@ -24,7 +24,7 @@ import psutil
 from tiler import interrupts
 from tiler.errors import BudgetExceeded, UsageError
 from tiler.memory import process
-from tiler.memory.tuning import ALMOST, MARGIN, NEAR, ROOMY
+from tiler.memory.tuning import ALMOST, MARGIN, NEAR
 
 _UNITS = {
     "": 1,
@@ -162,10 +162,10 @@ class Budget:
         """The RSS now. Children are included as last sampled."""
         return int(self._process.memory_info().rss) + self._children
 
-    def room(self, planned_bytes: int) -> int:
-        """How many freed bytes the process may keep above a plan: ROOMY if there are at least twice as many between the
-        plan and NEAR, else none."""
-        return ROOMY if int(NEAR * self.max_bytes) - planned_bytes >= 2 * ROOMY else 0
+    def room(self, planned_bytes: int, most: int) -> int:
+        """How many freed bytes the process may keep above a plan: `most` if there are at least twice as many between
+        the plan and NEAR, else none."""
+        return most if int(NEAR * self.max_bytes) - planned_bytes >= 2 * most else 0
 
     def short(self, coming_bytes: int) -> bool:
         """Whether `coming_bytes` more would exceed the share of the ceiling that a plan may fill."""

@@ -6,18 +6,28 @@ from collections.abc import Callable
 
 from tiler.memory import process
 from tiler.memory.budget import Budget
-from tiler.memory.tuning import HEAP_KEPT, HEAP_KEPT_TIGHT, HEAP_WORTH_RELEASING, HUGE_PAGES_FROM, NEAR
+from tiler.memory.tuning import (
+    HEAP_KEPT,
+    HEAP_KEPT_TIGHT,
+    HEAP_WORTH_RELEASING,
+    HEAP_WORTH_RELEASING_ROOMY,
+    HUGE_PAGES_FROM,
+    NEAR,
+    ROOMY,
+)
 
 
 def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     """Return the check that runs between two layers of a denoiser. It releases freed memory if there is enough of it to
-    be worth the call (5 ms), or more than a roomy ceiling leaves above the plan, and then checks the ceiling."""
+    be worth the call (5 ms) and the page faults afterwards, or more than a roomy ceiling leaves above the plan, and
+    then checks the ceiling."""
     process.use_huge_pages(False)
-    if room := budget.room(planned_bytes):
+    if kept := budget.room(planned_bytes, ROOMY):
         process.generous_allocator()
+    kept = kept or budget.room(planned_bytes, HEAP_WORTH_RELEASING_ROOMY) or HEAP_WORTH_RELEASING
 
     def check(where: str) -> None:
-        if process.free_heap() > (room or HEAP_WORTH_RELEASING):
+        if process.free_heap() > kept:
             process.release_heap()
         budget.check(where)
 
@@ -29,7 +39,7 @@ def at_rows(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
     ceiling is near or when more than planned is in use. Freed heap memory is checked separately, because the
     allocator's own threshold ignores holes between live blocks."""
     process.use_huge_pages(budget.max_bytes >= HUGE_PAGES_FROM)
-    room = budget.room(planned_bytes)
+    room = budget.room(planned_bytes, ROOMY)
     # A plan that reaches NEAR has too little room for the freed memory that it could reuse.
     roomy = planned_bytes < int(NEAR * budget.max_bytes)
     kept = max(room, HEAP_KEPT if roomy else HEAP_KEPT_TIGHT)
