@@ -46,10 +46,10 @@ def sheet(settings: Settings) -> None:
 
 def posters(settings: Settings) -> None:
     classifier = trained_classifier(settings.workshop, settings.steps)
-    pictures, more, rng = [], [], np.random.default_rng(6)
-    for k in range(settings.count or 4):
-        prompt = caption(art.compose(_POSTER_SEEDS + k), rng, keep=1.0)
-        found = judge_poster(settings.model, prompt, settings.width, settings.height, settings.seed + k, classifier)
+    pictures, more = [], []
+    for k in range(settings.seed, settings.seed + (settings.count or 4)):
+        prompt = caption(art.compose(_POSTER_SEEDS + k), np.random.default_rng(k), keep=1.0)
+        found = judge_poster(settings.model, prompt, settings.width, settings.height, k, classifier)
         pictures.append(_thumbnail(found.picture, 512))  # fifty canvases would take 600 MB
         if found.discs > 1:
             more.append(k)
