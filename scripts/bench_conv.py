@@ -1,20 +1,28 @@
-"""3 × 3 convolutions by oneDNN and by tiler/compute/winograd.py: milliseconds, and each one's rounding against fp64.
+"""3 × 3 convolutions in fp32: by oneDNN and by tiler/compute/winograd.py, each one's milliseconds and its rounding
+against fp64; and by the kernels of tiler's library, milliseconds of one thread.
 
     python scripts/bench_conv.py
     ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 python scripts/bench_conv.py
 
-oneDNN reorders its weight at every call. Transforming a weight comes once for all samples of a pass, and stands last.
+oneDNN reorders its weight at every call. Transforming a weight comes once for all samples of a pass, and stands last;
+`native-winograd-late` does so at each call, for weights that an arena cannot hold transformed.
 """
 
 from __future__ import annotations
+
+import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tiler.compute import onednn, winograd
-from tiler.compute.measure import median_seconds
+from tiler.compute.choose import KERNELS
+from tiler.compute.kernels import Kind
+from tiler.compute.measure import TableShape, median_seconds, timings
+from tiler.compute.tuning import ARENA_BYTES
 from tiler.memory import process
+from tiler.native.library import library
 
 SHAPES = [
     (320, 320, 64),
@@ -27,9 +35,45 @@ SHAPES = [
 ]
 
 
+# (channels, outputs, height, width, samples): those of `mini`, of an autoencoder's strip, of SD 1.5's inner levels.
+OWN_SHAPES = [
+    (48, 48, 32, 32, 13),
+    (96, 96, 16, 16, 13),
+    (64, 64, 32, 256, 1),
+    (960, 640, 32, 32, 1),
+    (1280, 1280, 16, 16, 1),
+    (1280, 1280, 16, 16, 2),
+    (1280, 1280, 8, 8, 1),
+    (1280, 1280, 8, 8, 8),
+]
+OWN_KERNELS = ("native-winograd", "native-winograd-late", "native-fp32")
+
+
+def by_the_library() -> None:
+    torch.set_num_threads(1)
+    for channels, outputs, height, width, samples in OWN_SHAPES:
+        shape = TableShape(Kind.CONVOLUTION, (outputs, channels, 3, 3), (samples, channels, height, width))
+        found: dict[str, float] = {}
+        for kernel in (KERNELS[name] for name in OWN_KERNELS):
+            if kernel.held_bytes(shape.op(), shape.x) <= ARENA_BYTES:
+                found |= timings(shape, 9, time.thread_time, only=kernel)
+        print(
+            f"{samples} × {shape.label}:",
+            ", ".join(f"{name} {1e3 * t:.1f} ms" for name, t in found.items()),
+            flush=True,
+        )
+
+
 @torch.no_grad()
 def main() -> None:
     process.frugal_allocator()
+    by_onednn()
+    if library() is not None:
+        by_the_library()
+
+
+@torch.no_grad()
+def by_onednn() -> None:
     for channels, outputs, side in SHAPES:
         x = torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)
         weight, bias = torch.randn(outputs, channels, 3, 3) / (3 * channels**0.5), torch.randn(outputs)

@@ -119,15 +119,15 @@ LEAST_SPEEDUP: Annotated[float, Passport("ratio", "python scripts/calibrate.py p
 # Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
 # The same for tiler's own library: 3.0 ms instead of 6.8 for 13 samples of 96 channels at 16 × 16, 6.4 instead of 8.9
-# for 48 at 32 × 32, 3.7 instead of 8.8 for a row of 64 at 32 × 256 (Zen 3, one thread; these shapes
-# in measure.timings). With weights in bf16 128 is the least that was measured.
-NATIVE_WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py kernels")] = 48
-NATIVE_WINOGRAD_BF16_CHANNELS: Annotated[int, Passport("channels", "python scripts/calibrate.py kernels")] = 128
+# for 48 at 32 × 32, 3.7 instead of 8.8 for a row of 64 at 32 × 256 (Zen 3, one thread). With
+# weights in bf16 128 is the least that was measured.
+NATIVE_WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 48
+NATIVE_WINOGRAD_BF16_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 128
 # The tiles of one product, and the fewest tiles for which transforming a weight pays.
 WINOGRAD_PLACES: Annotated[int, Passport("tiles of 4 × 4 pixels", "python scripts/bench_conv.py")] = 64
 # Least pixels of a sample's result for tiler's own library, which transforms the tiles of several samples together. A
 # sample by itself at 8 × 8, with a weight that is transformed at each call, takes 1.1 of a direct convolution's time.
-NATIVE_WINOGRAD_PIXELS: Annotated[int, Passport("pixels", "python scripts/calibrate.py kernels")] = 64
+NATIVE_WINOGRAD_PIXELS: Annotated[int, Passport("pixels", "python scripts/bench_conv.py")] = 64
 
 # Elements of the samples that run together: one sample of SD 1.5's second level. Its inner levels would otherwise be
 # many small products, and in `mini` Python would take a third of the time (Zen 3, fp32, 16 samples a read: 59 ms a
