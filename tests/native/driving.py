@@ -11,6 +11,7 @@ import torch
 from tests.native.kernel_cases import DTYPES, OPERATIONS, Case
 
 DRIVER = Path(__file__).with_name("driver.c")
+POOL_DRIVER = DRIVER.with_name("pool_driver.c")
 NATIVE = Path(__file__).resolve().parents[2] / "tiler" / "native"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.native.driving import DRIVER, NATIVE, write
+from tests.native.driving import DRIVER, NATIVE, POOL_DRIVER, write
 from tests.native.kernel_cases import (
     LIBRARIES,
     Case,
@@ -307,6 +307,16 @@ def test_threads_are_started_anew_after_fork() -> None:
     if child == 0:
         os._exit(0 if torch.equal(case.run(LIBRARIES[-1], 2), want) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_the_pool_runs_every_task_once_and_without_a_race(tmp_path: Path) -> None:
+    files = [str(POOL_DRIVER), str(NATIVE / "pool.c"), "-lpthread", "-o", "pool"]
+    subprocess.run(["gcc", "-std=gnu11", "-O1", "-g", "-Wall", "-fsanitize=thread", *files], cwd=tmp_path, check=True)
+    ran = subprocess.run(["./pool"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if "unexpected memory mapping" in ran.stderr:
+        pytest.skip("this ThreadSanitizer does not run on this kernel")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 # --- the driver

@@ -74,7 +74,6 @@ class Speed(NamedTuple):
     half_attention: float
     disk: float = math.inf
     call: float = 1e-5
-    threads: int = 1
 
 
 SPEED, WORK = (
@@ -86,7 +85,7 @@ SPEED, WORK = (
 @pytest.mark.parametrize("precision", list(Precision))
 def test_a_machine_twice_as_fast_takes_half_as_long(precision: Precision) -> None:
     methods = [decoding(Decode.SAMPLED), decoding(Decode.FROZEN, 0)]
-    fast = Speed(*(2 * value for value in SPEED))._replace(call=SPEED.call / 2, threads=1)
+    fast = Speed(*(2 * value for value in SPEED))._replace(call=SPEED.call / 2)
     assert seconds(WORK, methods, fast, precision) == pytest.approx(seconds(WORK, methods, SPEED, precision) / 2)
 
 

@@ -107,11 +107,6 @@ class Speed:
         """Beside bf16 and int8 weights."""
         return self._attention("int8" if cpu.int8().products else "fp32")
 
-    @property
-    def threads(self) -> int:
-        """The threads that were measured."""
-        return torch.get_num_threads()
-
     @cached_property
     def call(self) -> float:
         """Seconds."""
@@ -224,5 +219,5 @@ def arithmetic_seconds(work: Flops, speed: Speed, precision: Precision) -> float
         layers, attention, overhead = speed.bf16, speed.half_attention, OVERHEAD_BF16
     else:
         layers, attention, overhead = speed.fp32, speed.attention, OVERHEAD_FP32
-    small = (RUN_CALLS * work.runs + LOAD_CALLS * work.loads) * speed.call + work.narrow * speed.threads / speed.fp32
+    small = (RUN_CALLS * work.runs + LOAD_CALLS * work.loads) * speed.call + work.narrow / speed.fp32
     return overhead * (work.layers / layers + work.attention / attention) + small
