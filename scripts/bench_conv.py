@@ -1,5 +1,5 @@
 """3 × 3 convolutions in fp32: by oneDNN and by tiler/compute/winograd.py, each one's milliseconds and its rounding
-against fp64; and by the kernels of tiler's library, milliseconds of one thread.
+against fp64; and by the kernels of tiler's library, in bf16 too where the processor has it: milliseconds of one thread.
 
     python scripts/bench_conv.py
     ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 python scripts/bench_conv.py
@@ -22,7 +22,7 @@ from tiler.compute.kernels import Kind
 from tiler.compute.measure import TableShape, median_seconds, timings
 from tiler.compute.tuning import ARENA_BYTES
 from tiler.memory import process
-from tiler.native.library import library
+from tiler.native.library import has_bf16, library
 
 SHAPES = [
     (320, 320, 64),
@@ -40,21 +40,24 @@ OWN_SHAPES = [
     (48, 48, 32, 32, 13),
     (96, 96, 16, 16, 13),
     (64, 64, 32, 256, 1),
+    (128, 128, 32, 256, 1),
     (960, 640, 32, 32, 1),
     (1280, 1280, 16, 16, 1),
     (1280, 1280, 16, 16, 2),
     (1280, 1280, 8, 8, 1),
     (1280, 1280, 8, 8, 8),
 ]
-OWN_KERNELS = ("native-winograd", "native-winograd-late", "native-fp32")
+OWN_KERNELS = ["native-winograd", "native-winograd-late", "native-fp32"]
+OWN_KERNELS_BF16 = ["native-winograd-bf16", "native-bf16"]
 
 
 def by_the_library() -> None:
     torch.set_num_threads(1)
+    names = OWN_KERNELS + (OWN_KERNELS_BF16 if has_bf16() else [])
     for channels, outputs, height, width, samples in OWN_SHAPES:
         shape = TableShape(Kind.CONVOLUTION, (outputs, channels, 3, 3), (samples, channels, height, width))
         found: dict[str, float] = {}
-        for kernel in (KERNELS[name] for name in OWN_KERNELS):
+        for kernel in (KERNELS[name] for name in names):
             if kernel.held_bytes(shape.op(), shape.x) <= ARENA_BYTES:
                 found |= timings(shape, 9, time.thread_time, only=kernel)
         print(

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from tiler import Budget, RenderRequest, plan, render
 from tiler.events import Event, PhaseDone, PhaseStarted, Progress, Working
 from tiler.planning import render as planning
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="at most so many samples for each read of the weights")
     parser.add_argument("--wall", action="store_true", help="for a machine that does nothing else")
     asked = parser.parse_args()
+    if not asked.wall:
+        torch.set_num_threads(1)  # threads that wait take the processor's time too
     if asked.batch:
         planning.MAX_BATCH = asked.batch
     phase, total, took, began = Phase(""), 1, 0.0, 0.0

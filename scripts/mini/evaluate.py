@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=0, help="default: 200; distance 2000; posters and refine 4")
     parser.add_argument("--size", default="2048", help="px, for posters and refine; posters also 3072x1024")
     parser.add_argument("--strength", type=float, default=0.5, help="for refine")
-    parser.add_argument("--seed", type=int, default=0, help="the first of sheet and posters")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed, for sheet and posters")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
     parser.add_argument(
         "--out", type=Path, default=Path("sheet.png"), help="for sheet, posters and refine: .png or .jpg"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pool
 from classifier import SIDE, Classifier, read
 from inner import tile_borders
 from pictures import rendered
@@ -31,8 +32,9 @@ class Poster(NamedTuple):
 
 def judge_poster(model: Path, prompt: str, width: int, height: int, seed: int, classifier: Classifier) -> Poster:
     picture = rendered(model, prompt, width, height, seed)
-    # The guide depends on the proportions alone; half the size spares most of its decoding.
-    guide = _shrunk(rendered(model, prompt, width // 2, height // 2, seed, strength=0.0))
+    # The guide depends on the proportions alone. Half the size spares most of its decoding, but must have one too.
+    half = 2 if max(width, height) > 2 * pool.SIDE else 1
+    guide = _shrunk(rendered(model, prompt, width // half, height // half, seed, strength=0.0))
     small = _shrunk(picture)
     return Poster(
         picture=picture,

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiler.compute import onednn
 from tiler.compute.kernels import Epilogue, Input
 from tiler.compute.native_inputs import quantize_images
 from tiler.compute.tuning import NORM_ELEMENTS
@@ -75,10 +76,11 @@ def normed(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """torch's GroupNorm of x, (n, C, ...) fp32: of images, (n, C, h, w), by tiler's library. Without it, the sums of a
+    """torch's GroupNorm of x, (n, C, ...). Where oneDNN wants images in channels-last, those in fp32, (n, C, h, w), go
+    through tiler's library, and the result is in channels-last too. Otherwise it is in the layout of x: the sums of a
     channel are taken over a few pixels at a time, of differences to its first pixel, and combined in fp64 (Chan, Golub
     & LeVeque 1979)."""
-    if x.ndim == 4 and x.dtype == torch.float32 and library() is not None:
+    if x.ndim == 4 and x.dtype == torch.float32 and onednn.convolves() and library() is not None:
         return quantize_images((x,), (0, 0), norm, silu=False, out_type=Type.FP32).values.permute(0, 3, 1, 2)
     out = torch.empty_like(x)
     if x.is_meta:

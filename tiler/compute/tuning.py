@@ -119,8 +119,8 @@ LEAST_SPEEDUP: Annotated[float, Passport("ratio", "python scripts/calibrate.py p
 # Least inputs and outputs of a convolution: with fewer, the transforms take the time that the products save.
 WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 256
 # The same for tiler's own library: 3.0 ms instead of 6.8 for 13 samples of 96 channels at 16 × 16, 6.4 instead of 8.9
-# for 48 at 32 × 32, 3.7 instead of 8.8 for a row of 64 at 32 × 256 (Zen 3, one thread). With
-# weights in bf16 128 is the least that was measured.
+# for 48 at 32 × 32, 3.7 instead of 8.8 for a row of 64 at 32 × 256 (Zen 3, one thread).
+# With weights in bf16 128 is the least that was measured.
 NATIVE_WINOGRAD_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 48
 NATIVE_WINOGRAD_BF16_CHANNELS: Annotated[int, Passport("channels", "python scripts/bench_conv.py")] = 128
 # The tiles of one product, and the fewest tiles for which transforming a weight pays.
@@ -133,9 +133,9 @@ NATIVE_WINOGRAD_PIXELS: Annotated[int, Passport("pixels", "python scripts/bench_
 # many small products, and in `mini` Python would take a third of the time (Zen 3, fp32, 16 samples a read: 59 ms a
 # sample one by one, 38 together).
 GROUP_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py --precision int8")] = 640 * 32 * 32
-# Elements of a GroupNorm at a time: its intermediate values stay in the cache between two steps (320 channels, 64 × 64:
-# 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
-NORM_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 2**18
+# Elements of a GroupNorm at a time, where torch computes it: its intermediate values stay in the cache between two
+# steps (320 channels, 64 × 64: 1.35 ms; 1.56 with half as many and 1.44 with twice as many).
+NORM_ELEMENTS: Annotated[int, Passport("elements", "TILER_KERNELS=0 python scripts/profile_pass.py")] = 2**18
 # Elements of a feed-forward's projection at a time: 6.3 MB, which the allocator need not map again each time; but no
 # fewer tokens than keep the product efficient.
 FEED_FORWARD_ELEMENTS: Annotated[int, Passport("elements", "python scripts/profile_pass.py")] = 3 * 2**19

@@ -87,7 +87,7 @@ static void factors_task(const void *context, int64_t image) {
     double mean, variance;
     moments_of(t, image, g * per, (g + 1) * per, &mean, &variance);
     finite += (float)(mean * 0. + variance * 0.);
-    float factor = (float)(1. / sqrt((variance > 0 ? variance : 0) + (double)p->eps));
+    float factor = (float)(1. / sqrt((variance < 0 ? 0 : variance) + (double)p->eps));
     for (int64_t c = g * per; c < (g + 1) * per; c++) {
       a[c] = !p->groups ? 1.f : p->gamma ? factor * p->gamma[c] : factor;
       b[c] = !p->groups ? 0.f : (float)((p->beta ? (double)p->beta[c] : 0.) - mean * (double)a[c]);

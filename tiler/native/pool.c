@@ -16,9 +16,9 @@
 #endif
 
 enum {
-  SPINS = 64,            // between looks at the clock
-  AWAKE = 1000000,       // ns a thread waits before it sleeps: jobs are some hundreds of µs apart, and waking takes as long
-  SHARES = 4,            // of a thread among the tasks that are left: it takes them in spans, as neighbours share lines of memory
+  SPINS = 64,       // between looks at the clock
+  AWAKE = 1000000,  // ns that a thread waits before it sleeps: jobs are some hundreds of µs apart, and waking takes as long
+  SHARES = 4,       // a thread takes 1 / (SHARES · threads) of the tasks that are left at a time: neighbours share cache lines
   MOST = 256,
   STACK = 1 << 20
 };
@@ -49,7 +49,7 @@ static int64_t nanoseconds(void) {
   return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
 }
 
-// Waits a little for the counter to have the value, or another one; threads that want the processor have it meanwhile.
+// Waits up to AWAKE for the counter to equal `value`, or if `is_other` to differ, and offers the processor to other threads.
 static void spin(const _Atomic int64_t *counter, int64_t value, int is_other) {
   for (int64_t end = nanoseconds() + AWAKE; nanoseconds() < end; sched_yield())
     for (int i = 0; i < SPINS; i++) {
@@ -72,13 +72,14 @@ static void take_tasks(Job *job) {
 static void *work(void *argument) {
   Pool *pool = argument;
   int64_t seen = 0;
+  int joins = 1;
   for (;;) {
-    spin(&pool->epoch, seen, 1);
+    if (joins) spin(&pool->epoch, seen, 1);  // where threads outnumber tasks, those without a place sleep
     pthread_mutex_lock(&pool->lock);
     while (!pool->stop && atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
     seen = atomic_load(&pool->epoch);
     Job *job = pool->job;
-    int joins = job && job->places > 0 && !pool->stop;
+    joins = job && job->places > 0 && !pool->stop;
     if (joins) job->places--, pool->active++;
     int stop = pool->stop;
     pthread_mutex_unlock(&pool->lock);
@@ -146,8 +147,8 @@ void pool_run(Pool *pool, Task task, const void *context, int64_t count, int thr
   job.shares = SHARES * (others + 1);
   pthread_mutex_lock(&pool->lock);
   pool->job = &job;
-  atomic_fetch_add(&pool->epoch, 1);
   pthread_cond_broadcast(&pool->wake);
+  atomic_fetch_add(&pool->epoch, 1);  // last: those who see it want the lock
   pthread_mutex_unlock(&pool->lock);
   take_tasks(&job);
   pthread_mutex_lock(&pool->lock);
