@@ -178,9 +178,9 @@ LOAD_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] =
 # processor time of one thread: decoding, 16 channels, takes 7 times its arithmetic at 1024²).
 NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
 OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 105.0
-# The same for a UNet on one thread; more threads do not make it less (Zen 3, two threads: mini at 1024² and 2048² takes
-# 40 ms of a clock for each sample).
-OVERHEAD_NARROW_DENOISER: Annotated[float, Passport("channels", "python scripts/remaining.py --wall")] = 125.0
+# The same for a UNet (mini on a Zen 3, in seconds of a clock: two threads 29–31 at 1024² and 76–89 at 2048², one thread
+# 35 at 1024²).
+OVERHEAD_NARROW_DENOISER: Annotated[float, Passport("channels", "python scripts/remaining.py --wall")] = 80.0
 
 # Freed blocks between live ones, as a share of one sample's activations: 40–57 MB of 139 for SD 1.5, 65–89 of 230 for
 # SD 2.1, whatever the batch.
