@@ -75,7 +75,6 @@ def main() -> None:
         by_the_library()
 
 
-@torch.no_grad()
 def by_onednn() -> None:
     for channels, outputs, side in SHAPES:
         x = torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)

@@ -72,14 +72,15 @@ static void take_tasks(Job *job) {
 static void *work(void *argument) {
   Pool *pool = argument;
   int64_t seen = 0;
-  int joins = 1;
+  int full = 0;
   for (;;) {
-    if (joins) spin(&pool->epoch, seen, 1);  // where threads outnumber tasks, those without a place sleep
+    if (!full) spin(&pool->epoch, seen, 1);  // where threads outnumber tasks, those without a place sleep
     pthread_mutex_lock(&pool->lock);
     while (!pool->stop && atomic_load(&pool->epoch) == seen) pthread_cond_wait(&pool->wake, &pool->lock);
     seen = atomic_load(&pool->epoch);
     Job *job = pool->job;
-    joins = job && job->places > 0 && !pool->stop;
+    full = job && job->places <= 0;
+    int joins = job && !full && !pool->stop;
     if (joins) job->places--, pool->active++;
     int stop = pool->stop;
     pthread_mutex_unlock(&pool->lock);
