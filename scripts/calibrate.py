@@ -56,8 +56,8 @@ class Limit(NamedTuple):
             "ATEN_CPU_CAPABILITY": self.aten,
             "ONEDNN_MAX_CPU_ISA": self.onednn,
             "MKL_ENABLE_INSTRUCTIONS": self.mkl,
-            "TILER_ISA": self.tiler,
             "OMP_NUM_THREADS": "1",
+            **({"TILER_ISA": self.tiler} if self.tiler else {}),  # where tiler need not be limited, it may be set
         }
 
 

@@ -4,8 +4,9 @@ origin."""
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import tiler.compute.tuning
 import tiler.memory.tuning
+from tiler.compute import cpu
 from tiler.compute.choose import KERNELS, choose_kernel
 from tiler.compute.cpu import Isa
 from tiler.compute.kernels import (
@@ -212,18 +214,34 @@ def test_every_constant_has_a_passport(module: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "int8_runs", "says"),
+    ("int8_runs", "bf16_runs", "is_slow", "says"),
     [
-        (("avx2",), False, "no bf16 instructions"),
-        (("avx2", "amx_tile"), False, "has bf16 instructions"),
-        (("avx2", "avx_vnni"), True, "int8 products"),
+        (False, False, False, "no bf16 instructions"),
+        (False, True, False, "has bf16 instructions"),
+        (False, False, True, "takes longer for bf16 products"),
+        (True, False, False, "int8 products"),
     ],
 )
-def test_doctor_gives_this_processors_reason(flags: tuple[str, ...], int8_runs: bool, says: str) -> None:
+def test_doctor_gives_this_processors_reason(int8_runs: bool, bf16_runs: bool, is_slow: bool, says: str) -> None:
     from tiler.cli.doctor import _compute_dtype
 
-    assert says in _compute_dtype(flags, int8_runs=int8_runs)
-    assert _compute_dtype(flags, int8_runs=int8_runs).startswith("int8") == int8_runs
+    said = _compute_dtype(int8_runs=int8_runs, bf16_runs=bf16_runs, bf16_is_slow=is_slow)
+    assert says in said and said.startswith("int8") == int8_runs
+
+
+@pytest.mark.skipif(library.library() is None or library.has_bf16(), reason="needs a library without bf16")
+def test_bf16_that_is_slower_than_fp32_is_only_used_if_it_is_forced(
+    in_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Intel's processors with AMX, whose flags name instructions that the library leaves out."""
+    refused = in_process("plan", "x", "--precision", "bf16")
+    assert refused.code == 2 and "AVX-512 with BF16 instructions" in " ".join(refused.err.split())
+    monkeypatch.setattr(cpu, "flags", lambda: ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile"))
+    assert cpu.bf16_is_slow()
+    refused = in_process("plan", "x", "--precision", "bf16")
+    said = " ".join(refused.err.split())
+    assert refused.code == 2 and "take longer than fp32's" in said and "TILER_ISA=v4-bf16" in said
+    assert "TILER_ISA=v4-bf16" in in_process("doctor", "--json").json["--precision bf16"]
 
 
 def test_measuring_names_the_chosen_kernel_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:

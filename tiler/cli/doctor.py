@@ -75,9 +75,11 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "storage dtype": "as in the checkpoint (fp16, bf16 or fp32); weights are cast when they are used",
         "instruction set": f"{cpu.isa()}, which decides the kernels",
         "kernels": _kernels(library.library(), library.fault()),
-        "compute dtype": _compute_dtype(cpu.flags(), int8_runs=cpu.int8().products),
+        "compute dtype": _compute_dtype(
+            int8_runs=cpu.int8().products, bf16_runs=library.has_bf16(), bf16_is_slow=cpu.bf16_is_slow()
+        ),
         "--precision int8": cpu.int8().why,
-        "--precision bf16": _bf16(library.library()),
+        "--precision bf16": _bf16(library.library(), is_slow=cpu.bf16_is_slow()),
         "--precision auto": _auto(),
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
@@ -118,10 +120,12 @@ def _kernels(library: Library | None, fault: str) -> str:
     return f"tiler's own library for {library.isa}; torch's for the rest"
 
 
-def _bf16(library: Library | None) -> str:
+def _bf16(library: Library | None, *, is_slow: bool) -> str:
     """Whether `--precision bf16` can be asked for."""
     if library is None:
         return "not without tiler's own library"
+    if is_slow:
+        return "not unless TILER_ISA=v4-bf16 is set: on this processor, bf16 products take longer than fp32's"
     return "bf16 products, fp32 sums" if library.has_bf16 else "not on this machine: it has no kernels for bf16"
 
 
@@ -142,11 +146,13 @@ def _auto() -> str:
     return ", ".join([str(chosen[0]), *changes])
 
 
-def _compute_dtype(flags: tuple[str, ...], *, int8_runs: bool) -> str:
-    """The dtype of arithmetic on a processor with these flags, and the reason."""
+def _compute_dtype(*, int8_runs: bool, bf16_runs: bool, bf16_is_slow: bool) -> str:
+    """The dtype of arithmetic on this processor, and the reason."""
     others = "fp32 for the VAE, the prompt and the outermost layers" if int8_runs else "fp32"
     if int8_runs:
         others = f"int8 products in the denoiser where --precision allows it; {others}"
-    if "amx_tile" in flags or "avx512_bf16" in flags or "bf16" in flags:
+    if bf16_runs:
         return f"{others}; this processor has bf16 instructions, which attention and the VAE beside int8 weights use, and --precision bf16"
-    return f"{others}; this processor has no bf16 instructions, and half precision without them is slower than fp32"
+    if bf16_is_slow:
+        return f"{others}; this processor takes longer for bf16 products than for fp32's"
+    return f"{others}; tiler knows no bf16 instructions of this processor, and half precision without them is slower than fp32"

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tiler.native.library import forced, library, missing
+from tiler.native.library import forced, has_bf16, library, missing
 
 _KNOWN = (
     "avx2",
@@ -51,6 +51,11 @@ def flags() -> tuple[str, ...]:
 
 def has_avx2() -> bool:
     return "avx2" in flags()
+
+
+def bf16_is_slow() -> bool:
+    """Whether tiler's library leaves out this processor's products of bf16 because they take longer than fp32's."""
+    return "avx512_bf16" in flags() and library() is not None and not has_bf16()
 
 
 class Isa(StrEnum):

@@ -30,6 +30,7 @@ typedef struct {
 typedef struct {
   const Kernels *kernels;
   int runs;
+  int slow;  // slower than the set before it: only taken if it is named
 } Set;
 
 enum { SETS = 4 };
@@ -44,13 +45,13 @@ static unsigned long long saved_state(void) {  // which registers the system sav
 static int bits(unsigned word, unsigned wanted) { return (word & wanted) == wanted; }
 
 static void find_sets(Set sets[SETS]) {
-  unsigned a, b, c, d, extended_c = 0, b7 = 0, c7 = 0, a71 = 0, leaves = __get_cpuid_max(0, NULL);
+  unsigned a, b, c, d, extended_c = 0, b7 = 0, c7 = 0, d7 = 0, a71 = 0, leaves = __get_cpuid_max(0, NULL);
   sets[0].kernels = &kernels_v3, sets[1].kernels = &kernels_v3_vnni, sets[2].kernels = &kernels_v4, sets[3].kernels = &kernels_v4_bf16;
   if (leaves < 7 || !__get_cpuid(1, &a, &b, &c, &d)) return;
   unsigned c1 = c;
   if (__get_cpuid(0x80000001, &a, &b, &c, &d)) extended_c = c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
-    b7 = b, c7 = c;
+    b7 = b, c7 = c, d7 = d;
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) a71 = a;
   }
   // FMA, MOVBE, OSXSAVE, AVX, F16C; LZCNT; BMI1, AVX2, BMI2.
@@ -64,6 +65,9 @@ static void find_sets(Set sets[SETS]) {
   sets[1].runs = v3 && bits(a71, 1u << 4);
   sets[2].runs = vnni512;
   sets[3].runs = vnni512 && bits(a71, 1u << 5);
+  // AMX-BF16. Processors with it take longer for a product of bf16 vectors than for two of fp32: passes of SD 1.5's size
+  // and of `mini` have 0.57 and 0.69 of fp32's speed on Emerald Rapids (scripts/README.md); on Zen 4 they have 1.7 and 1.1.
+  sets[3].slow = bits(d7, 1u << 22);
 }
 #else
 static void find_sets(Set sets[SETS]) {
@@ -83,13 +87,13 @@ static void find_sets(Set sets[SETS]) {
 
 EXPORT int tiler_version(void) { return TILER_VERSION; }
 
-// A handle for the instruction set of this name, or for the best that runs here where it is empty. NULL: it does not run here.
+// A handle for the instruction set of this name, or for the fastest that runs here where it is empty. NULL: it does not run here.
 EXPORT Tiler *tiler_open(const char *name) {
   Set sets[SETS] = {{0}};
   find_sets(sets);
   const Kernels *found = NULL;
   for (int i = 0; i < SETS; i++)
-    if (sets[i].runs && (!*name || !strcmp(name, sets[i].kernels->name))) found = sets[i].kernels;
+    if (sets[i].runs && (*name ? !strcmp(name, sets[i].kernels->name) : !sets[i].slow)) found = sets[i].kernels;
   Tiler *tiler = found ? malloc(sizeof *tiler) : NULL;
   if (!tiler) return NULL;
   *tiler = (Tiler){pool_open(), found};

@@ -3,6 +3,7 @@ the model, never on a clock or the ceiling, so the bytes of a picture do not eit
 
 from __future__ import annotations
 
+from tiler.compute.cpu import bf16_is_slow
 from tiler.compute.precisions import Arithmetic
 from tiler.compute.tuning import LEAST_SPEEDUP
 from tiler.errors import UsageError
@@ -37,6 +38,11 @@ def choose_decode_precision(wanted: DecodePrecision, denoiser: Precision, *, bf1
 def _no_bf16(option: str, others: str) -> UsageError:
     if why := library.fault_of_file():
         return UsageError(f"{option} bf16: this needs tiler's own kernels, but {why}, or choose {others}")
+    if bf16_is_slow():
+        return UsageError(
+            f"{option} bf16: on this processor, bf16 products take longer than fp32's; choose {others}, or set "
+            "TILER_ISA=v4-bf16 to use them all the same"
+        )
     return UsageError(
         f"{option} bf16: this needs tiler's own kernels and AVX-512 with BF16 instructions (see `tiler doctor`); choose "
         f"{others}"

@@ -66,8 +66,8 @@ DECODE = Option(
     ("--decode",),
 )
 DECODE_PRECISION = Option(
-    "Arithmetic of the autoencoder. bf16 takes two thirds of fp32's time on processors with bf16 instructions and "
-    "keeps more than 50 dB PSNR; auto is bf16 beside a denoiser in int8 or bf16, else fp32.",
+    "Arithmetic of the autoencoder. bf16 takes two thirds of fp32's time on processors with fast bf16 instructions "
+    "and keeps more than 50 dB PSNR; auto is bf16 beside a denoiser in int8 or bf16, else fp32.",
     Panel.MEMORY, ("--decode-precision",),
 )  # fmt: skip
 SCRATCH = Option("Folder for the decoder's scratch files.", Panel.MEMORY, ("--scratch",), default="the output's folder")
