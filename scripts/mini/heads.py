@@ -38,7 +38,8 @@ class WordsHead(nn.Module):
         super().__init__()
         self.heads = nn.ModuleDict({name: nn.Linear(width, classes) for name, classes in ATTRIBUTES.items()})
 
-    def loss(self, features: Tensor, labels: dict[str, Tensor]) -> Tensor:
-        """For `features` (b, 77, width). Their mean is what attention sees before it has learnt where to look."""
+    def loss(self, features: Tensor, labels: dict[str, Tensor], told: Tensor) -> Tensor:
+        """For `features` (b, 77, width) where `told` (b,) is true. Their mean is what attention sees before it has
+        learnt where to look."""
         mean = features.float().mean(1)
-        return attribute_loss({name: head(mean) for name, head in self.heads.items()}, labels)
+        return attribute_loss({name: head(mean) for name, head in self.heads.items()}, labels, told)

@@ -39,12 +39,14 @@ def labels(scenes: list[Scene]) -> dict[str, Tensor]:
     }
 
 
-def attribute_loss(got: dict[str, Tensor], want: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy summed over the attributes in `got`: logits (n, classes) against `labels`."""
-    losses = [
-        F.binary_cross_entropy_with_logits(logits, want[name])
-        if name == "objects"
-        else F.cross_entropy(logits, want[name])
-        for name, logits in got.items()
-    ]
-    return torch.stack(losses).sum()
+def attribute_loss(got: dict[str, Tensor], want: dict[str, Tensor], counted: Tensor | None = None) -> Tensor:
+    """Cross-entropy summed over the attributes in `got`: logits (n, classes) against `labels`. The mean of the
+    pictures, or of those for which `counted` (n,) is true; 0 if it is true for none."""
+    losses = torch.stack([_per_picture(name, logits, want[name]) for name, logits in got.items()]).sum(0)
+    return losses.mean() if counted is None else (losses * counted).sum() / counted.sum().clamp_min(1)
+
+
+def _per_picture(name: str, logits: Tensor, want: Tensor) -> Tensor:
+    if name == "objects":
+        return F.binary_cross_entropy_with_logits(logits, want, reduction="none").mean(1)
+    return F.cross_entropy(logits, want, reduction="none")

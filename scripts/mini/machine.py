@@ -6,10 +6,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is Arm's
@@ -29,11 +31,28 @@ def autocast() -> torch.autocast:
     return torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=has_bf16())
 
 
+def norms_in_bf16(net: nn.Module) -> None:
+    """Let autocast's bf16 through GroupNorm and LayerNorm, whose kernels for CUDA compute in fp32 within. Autocast
+    would have them read and write fp32, twice the bytes."""
+    for part in net.modules():
+        if isinstance(part, nn.GroupNorm | nn.LayerNorm):
+            part.forward = partial(_norm, part)  # type: ignore[method-assign]
+
+
+def _norm(part: nn.GroupNorm | nn.LayerNorm, x: Tensor) -> Tensor:
+    with torch.autocast(DEVICE.type, enabled=False):
+        weight, bias = part.weight.to(x.dtype), part.bias.to(x.dtype)
+        if isinstance(part, nn.GroupNorm):
+            return F.group_norm(x, part.num_groups, weight, bias, part.eps)
+        return F.layer_norm(x, part.normalized_shape, weight, bias, part.eps)
+
+
 def prepare(threads: int) -> None:
     """For a long run beside others: `threads` of torch (0: its own choice), the lowest priority, freed memory kept."""
     if threads:
         torch.set_num_threads(threads)
     os.nice(19 - os.nice(0))
+    torch.backends.cudnn.benchmark = True
     _keep_heap()
 
 

@@ -23,7 +23,7 @@ GUIDANCE, STEPS = _DEFAULTS["guidance_scale"], _DEFAULTS["num_inference_steps"]
 _FIRST, _LAST = _DEFAULTS["guidance_interval"]
 assert _FIRST == 0
 _GUIDED = math.ceil(STEPS * _LAST)  # steps
-_BATCH = 16
+_BATCH = 16 if DEVICE.type == "cpu" else 256
 _CEILING = "4GB"
 # Written by hand, in words that captions use.
 PROMPTS = (

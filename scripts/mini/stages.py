@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from multiprocessing import get_context
 from pathlib import Path
 
 import art
@@ -18,10 +20,19 @@ from workshop import Workshop, log, set_parameters, shipped_text_encoder, shippe
 _WORDS_SEED = 5
 
 
-def draw(workshop: Workshop, shards: int) -> None:
+def draw(workshop: Workshop, shards: int, processes: int = 1) -> None:
     """As many shards for training, and one that is held out."""
-    for shard in (HELD_OUT_SHARD, *range(shards)):
-        if workshop.pool.draw(shard):
+    wanted = (HELD_OUT_SHARD, *range(shards))
+    if processes == 1:
+        _tell(wanted, map(workshop.pool.draw, wanted))
+        return
+    with get_context("spawn").Pool(processes) as several:
+        _tell(wanted, several.imap(workshop.pool.draw, wanted))
+
+
+def _tell(shards: Iterable[int], drawn: Iterable[bool]) -> None:
+    for shard, drew in zip(shards, drawn, strict=True):
+        if drew:
             log(f"drew shard {shard}")
 
 

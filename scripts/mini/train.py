@@ -27,6 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--cold", action="store_true", help="with --fresh: begin without weights")
     parser.add_argument("--shards", type=int, default=22, help="draw: how many")
+    parser.add_argument("--processes", type=int, default=1, help="draw: how many at once")
     parser.add_argument("--part", type=int, default=500, help="scenes and crops in a shard")
     parser.add_argument("--minutes", type=float, default=10, help="0: one step")
     parser.add_argument("--batch", type=int, default=0, help="default: 16 (vae), 32 (unet); on CUDA 128, 256")
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.0, help="default: 3e-4 (vae), 1e-3 (unet)")
     parser.add_argument("--crops", type=float, default=0.35, help="unet: share of crops")
     parser.add_argument("--focus", type=float, default=3.0, help="unet: weight of sun, moon and boat in the loss")
+    parser.add_argument("--falling", type=float, default=1 / 3, help="unet: share of the run in which its steps shrink")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     args = parser.parse_args()
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     workshop = Workshop(work=args.work, part=args.part)
     own = {"minutes": args.minutes, "batch": args.batch, "fresh": args.fresh, "cold": args.cold}
     if args.stage == "draw":
-        stages.draw(workshop, args.shards)
+        stages.draw(workshop, args.shards, args.processes)
     elif args.stage == "vae":
         lr = args.lr or VaeSettings.lr
         train_vae(workshop, VaeSettings(lr=lr, decoder=args.decoder, **own))
@@ -61,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         stages.learn_words(workshop)
     elif args.stage == "unet":
         lr = args.lr or UnetSettings.lr
-        train_unet(workshop, UnetSettings(lr=lr, crops=args.crops, focus=args.focus, **own))
+        train_unet(workshop, UnetSettings(lr=lr, crops=args.crops, focus=args.focus, falling=args.falling, **own))
     else:
         stages.export(workshop, args.out)
 

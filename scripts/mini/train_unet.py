@@ -5,22 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from art import Thing
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from examples import Batch, Sampler, examples_of, load_examples
+from examples import Batch, Sampler, Supply
+from gradients import Gradients
 from heads import LayoutHead, WordsHead
-from machine import DEVICE, autocast
+from machine import DEVICE, autocast, norms_in_bf16
 from model import build_scheduler, build_text_encoder, build_unet
 from optimisers import Average, Clock, Muon, step_size
-from pool import HELD_OUT_SHARD
 from tokens import move_words
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from workshop import Workshop, fingerprint, log, shipped_text_encoder, shipped_tokenizer, shipped_unet
+from workshop import Workshop, log, shipped_text_encoder, shipped_tokenizer, shipped_unet
 
 HELD_OUT_TIMESTEPS = (999, 950, 850, 700, 500, 300, 150, 50)
 _SAVE_EVERY, _MEASURE_EVERY = 120.0, 180.0  # seconds
@@ -36,6 +35,7 @@ class UnetSettings:
     crops: float = 0.35  # share of crops among the examples
     focus: float = 3.0  # weight of sun, moon and boat in the loss
     average: float = 0.998
+    falling: float = 1 / 3  # share of the run, its last, over which the step size falls
     cold: bool = False  # from random weights
 
 
@@ -47,6 +47,8 @@ class Training:
         self.unet, self.text = (net.to(DEVICE).train() for net in _begin(settings.cold, tokenizer))
         if DEVICE.type == "cpu":  # in bf16 flash attention's backward takes a quarter of a step
             self.unet.set_attn_processor(AttnProcessor())
+        else:
+            norms_in_bf16(self.unet)
         self.layout = LayoutHead(self.unet).to(DEVICE)
         self.words = WordsHead(self.text.config.hidden_size).to(DEVICE)
         named = [*self.unet.named_parameters(), *self.text.named_parameters()]
@@ -56,17 +58,15 @@ class Training:
         }
         self.muon = Muon(list(matrices.values()))
         rest = [*(p for n, p in named if n not in matrices), *heads]
-        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=DEVICE.type == "cpu")
+        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.parameters = [*(p for _, p in named), *heads]
         self.average = Average([self.unet, self.text], settings.average)
         self.alphas = build_scheduler().alphas_cumprod.to(DEVICE)
+        self.gradients = Gradients(self._losses, self.parameters)
 
-    def step(self, batch: Batch, lr: float) -> tuple[float, float, float]:
-        """Losses of noise, layout and words."""
-        loss, read, understood = self._losses(batch)
-        for p in self.parameters:
-            p.grad = None
-        (loss + _LAYOUT_SHARE * read + _WORDS_SHARE * understood).backward()
+    def step(self, batch: Batch, lr: float) -> Tensor:
+        """(4,) losses: what is made small, then noise, layout and words, which it is a sum of."""
+        losses = self.gradients(batch)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = lr
@@ -74,28 +74,25 @@ class Training:
         self.muon.step(lr)
         self.average.update()
         self.steps += 1
-        return loss.item(), read.item(), understood.item()
+        return losses
 
-    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, batch: Batch) -> Tensor:
         noisy, target = self.noised(batch.latents, batch.noise, batch.timesteps)
-        layout, told = batch.layout.to(DEVICE), batch.told.to(DEVICE)
+        layout = batch.layout
         with autocast():
-            said = self.text(batch.ids.to(DEVICE)).last_hidden_state
-            predicted = self.unet(noisy, batch.timesteps.to(DEVICE), said).sample
+            said = self.text(batch.ids).last_hidden_state
+            predicted = self.unet(noisy, batch.timesteps, said).sample
         # Sun, moon and boat are the shapes whose errors show, and 2 % of a picture.
         small = (layout == Thing.BODY.number) | (layout == Thing.BOAT.number)
         near = F.interpolate(F.max_pool2d(small.float()[:, None], 3, 1, 1), scale_factor=2.0)
         weight = 1 + (self.settings.focus - 1) * near
         loss = ((predicted.float() - target).square() * weight).mean() / weight.mean()
-        understood = torch.zeros((), device=DEVICE)
-        if told.any():
-            understood = self.words.loss(said[told], {n: v.to(DEVICE)[told] for n, v in batch.labels.items()})
-        return loss, self.layout.loss(layout), understood
+        read, understood = self.layout.loss(layout), self.words.loss(said, batch.labels, batch.told)
+        return torch.stack([loss + _LAYOUT_SHARE * read + _WORDS_SHARE * understood, loss, read, understood])
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Noisy latents and the velocity that the UNet should predict from them."""
-        latents, noise = latents.to(DEVICE), noise.to(DEVICE)
-        a = self.alphas[timesteps.to(DEVICE)].view(-1, 1, 1, 1)
+        a = self.alphas[timesteps].view(-1, 1, 1, 1)
         return a.sqrt() * latents + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * latents
 
     @torch.no_grad()
@@ -103,11 +100,11 @@ class Training:
         """By the averaged weights, at each of HELD_OUT_TIMESTEPS."""
         found = []
         with self.average, autocast():
-            said = self.text(batch.ids.to(DEVICE)).last_hidden_state
+            said = self.text(batch.ids).last_hidden_state
             for t in HELD_OUT_TIMESTEPS:
-                timesteps = torch.full((len(batch.latents),), t)
+                timesteps = torch.full((len(batch.latents),), t, device=DEVICE)
                 noisy, target = self.noised(batch.latents, batch.noise, timesteps)
-                predicted = self.unet(noisy, timesteps.to(DEVICE), said).sample.float()
+                predicted = self.unet(noisy, timesteps, said).sample.float()
                 found.append(f"{t}:{F.mse_loss(predicted, target).item():.3f}")
         return " ".join(found)
 
@@ -128,31 +125,36 @@ class Training:
 
 def train_unet(workshop: Workshop, settings: UnetSettings) -> None:
     torch.manual_seed(2)
-    vae, tokenizer, shards = workshop.vae(), workshop.tokenizer(), workshop.pool.shards()
-    version = fingerprint(vae)
-    for shard in (HELD_OUT_SHARD, *shards):
-        workshop.encode(vae, shard, version)
+    tokenizer = workshop.tokenizer()
     training = Training(settings, tokenizer)
     if not settings.fresh and (state := workshop.load_state("unet")) is not None:
         training.load_state_dict(state)
-    examples = load_examples(workshop, version, tokenizer, seed=10 + training.steps)
-    held_out = _held_out(workshop, version, tokenizer)
-    count = sum(len(e.whole) for e in examples)
-    log(f"unet step {training.steps}, {count} pictures, held out {training.held_out_loss(held_out)}")
-    sampler = Sampler(examples, tokenizer, settings.crops, seed=11 + training.steps)
+    supply = Supply(workshop, workshop.vae(), seed=10 + training.steps)
+    try:
+        _learn(workshop, settings, training, supply, Sampler(tokenizer, settings.crops, seed=11 + training.steps))
+    finally:
+        supply.close()
+
+
+def _learn(workshop: Workshop, settings: UnetSettings, training: Training, supply: Supply, sampler: Sampler) -> None:
+    held_out = _held_out(supply)
+    sampler.add(supply.new(wait=True))
+    log(f"unet step {training.steps}, {sampler.count} pictures, held out {training.held_out_loss(held_out)}")
     size = settings.batch or (32 if DEVICE.type == "cpu" else 256)
     clock, saved, measured = Clock(settings.minutes), 0.0, 0.0
-    losses: list[tuple[float, float, float]] = []
+    losses: list[Tensor] = []
     while True:
-        lr = step_size(settings.lr, len(losses), clock.left, falling=1 / 3)
+        lr = step_size(settings.lr, len(losses), clock.left, settings.falling)
         losses.append(training.step(sampler.batch(size), lr))
         done = not clock.left
         if training.steps % 100 == 0 or done:
-            noise, layout, words = np.mean(losses[-100:], axis=0)
+            _, noise, layout, words = torch.stack(losses[-100:]).mean(0).tolist()
             speed = len(losses) * size / clock.spent
             log(
-                f"unet step {training.steps} loss {noise:.4f} layout {layout:.3f} words {words:.3f} {speed:.1f} samples/s"
+                f"unet step {training.steps} loss {noise:.4f} layout {layout:.3f} words {words:.3f} "
+                f"{speed:.1f} samples/s, {sampler.count} pictures"
             )
+            sampler.add(supply.new(wait=False))
         if done or clock.spent - measured > _MEASURE_EVERY:
             log(f"unet step {training.steps} held out {training.held_out_loss(held_out)}")
             measured = clock.spent
@@ -173,15 +175,15 @@ def _begin(cold: bool, tokenizer: CLIPTokenizer) -> tuple[UNet2DConditionModel, 
     return shipped_unet(), text
 
 
-def _held_out(workshop: Workshop, version: str, tokenizer: CLIPTokenizer) -> Batch:
+def _held_out(supply: Supply) -> Batch:
     """24 whole scenes and 8 crops with one caption each and noise that is always the same."""
-    e = examples_of(workshop, [HELD_OUT_SHARD], version, tokenizer, seed=3)
+    e = supply.held_out()
     index = torch.cat([e.whole.nonzero()[:24, 0], (~e.whole).nonzero()[:8, 0]])
     latents = e.latents[index].float()
     return Batch(
         latents=latents,
-        noise=torch.randn(latents.shape, generator=torch.Generator().manual_seed(4)),
-        timesteps=torch.zeros(len(index), dtype=torch.long),
+        noise=torch.randn(latents.shape, generator=torch.Generator().manual_seed(4)).to(DEVICE),
+        timesteps=torch.zeros(len(index), dtype=torch.long, device=DEVICE),
         ids=e.ids[index, 0],
         layout=e.layout[index],
         labels={name: values[index] for name, values in e.labels.items()},

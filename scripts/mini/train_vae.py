@@ -40,9 +40,7 @@ def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     held_out = _held_out(workshop)
-    optimiser = torch.optim.AdamW(
-        vae.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=DEVICE.type == "cpu"
-    )
+    optimiser = torch.optim.AdamW(vae.parameters(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=1e-4, fused=True)
     average, step, goal = Average([vae], 0.998), 0, None
     if not settings.fresh and (state := workshop.load_state("vae")) is not None:
         vae.load_state_dict(state["vae"])
@@ -100,7 +98,7 @@ def _pieces(workshop: Workshop, batch: int) -> Iterator[Tensor]:
             y, x = rng.integers(0, height - PIECE + 1), rng.integers(0, width - PIECE + 1)
             piece = shard[rng.integers(count), y : y + PIECE, x : x + PIECE]
             pieces.append(piece[:, ::-1] if rng.random() < 0.5 else piece)
-        yield to_tensor(np.stack(pieces)).to(DEVICE)
+        yield to_tensor(np.stack(pieces), DEVICE)
 
 
 def _held_out(workshop: Workshop) -> Tensor:
@@ -108,7 +106,7 @@ def _held_out(workshop: Workshop) -> Tensor:
     pictures, part = workshop.pool.pictures(HELD_OUT_SHARD), workshop.part
     middle = slice(SIDE // 4, SIDE // 4 + PIECE)
     chosen = np.concatenate([pictures[:16], pictures[part : part + 16]])[:, middle, middle]
-    return to_tensor(chosen).to(DEVICE)
+    return to_tensor(chosen, DEVICE)
 
 
 @torch.no_grad()

@@ -64,11 +64,11 @@ class Workshop:
         path = self._latents(shard, version)
         if path.exists():
             return
-        pictures = self.pool.pictures(shard)
+        pictures, many = self.pool.pictures(shard), 10 if DEVICE.type == "cpu" else 100
         parts = []
-        for i in range(0, len(pictures), 10):
+        for i in range(0, len(pictures), many):
             with autocast():
-                z = vae.encode(to_tensor(pictures[i : i + 10]).to(DEVICE)).latent_dist.mean
+                z = vae.encode(to_tensor(pictures[i : i + many], DEVICE)).latent_dist.mean
             parts.append(z.half().cpu())
         torch.save(torch.cat(parts), path)
         log(f"encoded shard {shard}")
@@ -114,9 +114,9 @@ def fingerprint(vae: AutoencoderKL) -> str:
     return digest.hexdigest()[:8]
 
 
-def to_tensor(pictures: np.ndarray) -> Tensor:
+def to_tensor(pictures: np.ndarray, device: torch.device | None = None) -> Tensor:
     """(n, H, W, 3) uint8 → (n, 3, H, W) fp32 in [-1, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def log(text: str) -> None:
