@@ -320,7 +320,7 @@ def test_halves_of_a_guidance_share_work_and_change_no_bit(tiny: Path, monkeypat
         levels = [block for block in unet.down_blocks if hasattr(block, "attentions")]
         block = levels[0].attentions[0].transformer_blocks[0]
         for where, module in (
-            ("first", unet.down_blocks[0].resnets[0].conv1),
+            ("first", unet.conv_in),
             ("itself", block.attn1.to_q),
             ("text", block.attn2.to_q),
         ):

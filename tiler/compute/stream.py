@@ -280,14 +280,14 @@ class Streamer:
         return group, same
 
     def run_unit(self, module: nn.Module, forward: Callable[..., _T], *args: object, **kwargs: object) -> _T:
-        """Run the forward of a unit, sample by sample while its weights are held, if they can be. Arguments whose first
-        axis is the batch (that of the first tensor argument) are split."""
+        """Run the forward of a unit, sample by sample while its weights are held, if they can be. Tensors in the
+        arguments whose first axis is the batch (that of the first tensor argument) are split."""
         if self._held is not None or not self.fits(module):
             return forward(*args, **kwargs)
         batch = next(len(a) for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
 
         def cut(i: int, value: object) -> object:
-            return value[i : i + 1] if isinstance(value, Tensor) and value.ndim and len(value) == batch else value
+            return tree_map_only(Tensor, lambda x: x[i : i + 1] if x.ndim and len(x) == batch else x, value)
 
         with self.hold(module):
             results: list[_T] = []
