@@ -177,9 +177,9 @@ RUN_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 
 LOAD_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 11.0
 # An autoencoder or a UNet with layers narrower than NARROW has this much more overhead, times the difference of the
 # widths' inverses: norms and files take time by value, of which narrow layers have more for each operation (mini,
-# processor time of one thread: decoding, 16 channels, takes 7 times its arithmetic at 1024²).
+# processor time of one thread: decoding, 16 channels, takes 4.2 times its arithmetic at 1024²).
 NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
-OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 105.0
+OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 60.0
 # The same for a UNet (mini on a Zen 3, in seconds of a clock: two threads 29–31 at 1024² and 76–89 at 2048², one thread
 # 35 at 1024²).
 OVERHEAD_NARROW_DENOISER: Annotated[float, Passport("channels", "python scripts/remaining.py --wall")] = 80.0
