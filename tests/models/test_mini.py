@@ -408,6 +408,27 @@ def test_the_decoder_is_trained_alone(tmp_path: Path) -> None:
     assert np.mean(moved) > 0.9  # the first step is too small for a few large weights
 
 
+def test_a_pool_may_grow_while_a_unet_learns_from_it(tmp_path: Path) -> None:
+    import stages
+    from examples import Sampler, Supply
+    from workshop import Workshop
+
+    workshop = Workshop(work=tmp_path, part=2)
+    stages.draw(workshop, 2)
+    sampler, supply = Sampler(workshop.tokenizer(), crops=0.5, seed=1), Supply(workshop, workshop.vae(), seed=1)
+    try:
+        sampler.add(supply.new(wait=True))
+        assert sampler.count == 8 and not supply.new(wait=True)
+        stages.draw(workshop, 3)  # the last has another shape
+        sampler.add(supply.new(wait=True))
+    finally:
+        supply.close()
+    assert sampler.count == 12
+    batches = [sampler.batch(3) for _ in range(20)]
+    assert {tuple(batch.latents.shape[2:]) for batch in batches} == {(32, 32), (20, 56)}
+    assert all(len(tensor) == 3 for batch in batches for tensor in batch.tensors())
+
+
 def test_training_goes_on_from_the_committed_weights_and_exports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
