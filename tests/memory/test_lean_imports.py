@@ -3,14 +3,18 @@ compiles."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 
-def fresh(code: str) -> str:
+def fresh(code: str, **environment: str) -> str:
     """The output of a new process."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300,
+        env={**os.environ, **environment},
+    ).stdout  # fmt: skip
 
 
 def test_help_and_import_load_no_torch() -> None:
@@ -80,6 +84,44 @@ import torch._dynamo
 print(PreTrainedModel.__module__, hasattr(torch._dynamo, "optimize"))
 """
     assert fresh(code).strip() == "transformers.modeling_utils True"
+
+
+def test_a_program_does_not_load_what_transformers_would_use_for_other_models(tmp_path: Path) -> None:
+    """SciPy and torchvision are installed beside many programs of this kind: together they take 78 MB."""
+    for name, version in (("scipy", "1.17.1"), ("torchvision", "0.28.0")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("")  # transformers would fail to import anything from it
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    code = f"""
+import sys
+from tiler.memory.lean_imports import lean_torch
+lean_torch()
+from tiler.models.family import Role, read_family
+from tiler.weights.checkpoint import resolve
+family = read_family(resolve("mini"))
+family.part(Role.DENOISER).build(), family.part(Role.TEXT_ENCODER).build()
+print([m for m in ("scipy", "torchvision") if m in sys.modules])
+import scipy, torchvision
+print(scipy.__file__ == {str(tmp_path / "scipy/__init__.py")!r})
+"""
+    assert fresh(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}").split() == ["[]", "True"]
+
+
+def test_modules_of_the_compiler_may_be_imported_meanwhile() -> None:
+    """As torchvision does, which transformers imports for a library's caller."""
+    code = """
+from tiler.memory.lean_imports import lean_imports
+with lean_imports():
+    from torch._dynamo.utils import is_compile_supported
+import sys
+print([m for m in sys.modules if m.startswith("torch._dynamo")])
+print(bool(is_compile_supported("cpu")), type(is_compile_supported).__name__)
+import torch._dynamo.utils
+print(hasattr(torch._dynamo.utils, "counters"))
+"""
+    assert fresh(code).splitlines() == ["[]", "True function", "True"]
 
 
 def test_lean_imports_within_and_beside_each_other() -> None:

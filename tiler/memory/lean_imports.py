@@ -11,7 +11,8 @@ import types
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import import_module, metadata
-from importlib.machinery import PathFinder
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec, PathFinder
 
 from tiler.memory import process
 
@@ -34,6 +35,10 @@ class _StandIn(types.ModuleType):
     """A module in which every name is a decorator that does nothing. Once the lean imports are over, these names
     forward to the real module, because other modules may have kept references to them."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = list[str]()  # it may be a package: _Inner finds its modules
+
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -46,6 +51,20 @@ class _StandIn(types.ModuleType):
         return later
 
 
+class _Inner(Loader):
+    """A finder of the modules inside stand-ins, which are stand-ins too: torchvision imports torch._dynamo.utils."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        inside = isinstance(sys.modules.get(name.rpartition(".")[0]), _StandIn)
+        return ModuleSpec(name, self, is_package=True) if inside else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        return _StandIn(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
 def _no_op(fn: object = None, *args: object, **kwargs: object) -> object:
     return (lambda f: f) if fn is None else fn
 
@@ -54,10 +73,18 @@ def _no_op(fn: object = None, *args: object, **kwargs: object) -> object:
 def _stand_in(modules: dict[str, types.ModuleType]) -> Iterator[None]:
     """Put `modules` into sys.modules under their names; afterwards, importing such a name loads the real module."""
     sys.modules.update(modules)
+    inner = _Inner()
+    sys.meta_path.insert(0, inner)
     try:
         yield
     finally:
-        for name, module in modules.items():
+        sys.meta_path.remove(inner)
+        inside = {
+            name: module
+            for name, module in sys.modules.items()
+            if isinstance(module, _StandIn) and name.startswith(tuple(f"{outer}." for outer in modules))
+        }
+        for name, module in (modules | inside).items():
             parent, _, child = name.rpartition(".")
             if sys.modules.get(name) is module:
                 del sys.modules[name]
@@ -156,10 +183,10 @@ def _lean_transformers() -> Iterator[None]:
     """Import transformers without its lists of all models: to build these it opens 3,300 files, twice, which takes half
     a second on a warm disk. diffusers is told that transformers is missing, since it would use it for LoRA alone. Both
     are told that accelerate, bitsandbytes and PEFT are missing, and diffusers that gguf is, since importing them costs
-    21 MB. diffusers gets no table of all installed packages, which takes a quarter of a second: it would need it for
-    names like cv2 alone."""
+    21 MB; and that SciPy and torchvision are, which cost 78 MB where they are installed. diffusers gets no table of all
+    installed packages, which takes a quarter of a second: it would need it for names like cv2 alone."""
     folders = _folders("transformers", "transformers.models")
-    with _stand_in(folders):
+    with _stand_in(folders), _missing("scipy", "torchvision"):
         with _replaced(metadata, "packages_distributions", dict):
             import diffusers.utils.import_utils as known
 
@@ -171,6 +198,19 @@ def _lean_transformers() -> Iterator[None]:
                 stack.enter_context(_replaced(utils, f"is_{name}_available", lambda *args: False))
             stack.enter_context(_replaced(utils, "direct_transformers_import", lambda *args: package))
             yield
+
+
+@contextmanager
+def _missing(*packages: str) -> Iterator[None]:
+    """Let nothing find these packages, unless they are imported already."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: Python's own way to say so
+    try:
+        yield
+    finally:
+        for name in hidden:
+            if sys.modules.get(name, name) is None:
+                del sys.modules[name]
 
 
 @contextmanager
