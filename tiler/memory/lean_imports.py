@@ -16,6 +16,11 @@ from importlib.machinery import ModuleSpec, PathFinder
 
 from tiler.memory import process
 
+# What diffusers and transformers import for other devices, quantised weights and other models, where it is installed.
+_UNUSED = (
+    "flash_attn", "flash_attn_3", "flash_attn_interface", "hqq", "librosa", "sageattention", "scipy", "soundfile",
+    "torch_npu", "torch_xla", "torchao", "torchaudio", "torchvision", "xformers",
+)  # fmt: skip
 _lock = threading.RLock()  # two threads that replace and restore names at the same time would restore each other's
 _depth = 0  # nested lean_imports that are active
 _program = False  # whether this process runs our program, so that no other code needs the missing parts
@@ -183,10 +188,10 @@ def _lean_transformers() -> Iterator[None]:
     """Import transformers without its lists of all models: to build these it opens 3,300 files, twice, which takes half
     a second on a warm disk. diffusers is told that transformers is missing, since it would use it for LoRA alone. Both
     are told that accelerate, bitsandbytes and PEFT are missing, and diffusers that gguf is, since importing them costs
-    21 MB; and that SciPy and torchvision are, which cost 78 MB where they are installed. diffusers gets no table of all
-    installed packages, which takes a quarter of a second: it would need it for names like cv2 alone."""
+    21 MB. Nobody finds the packages in _UNUSED, of which SciPy and torchvision would cost 78 MB. diffusers gets no
+    table of all installed packages, which takes a quarter of a second: it would need it for names like cv2 alone."""
     folders = _folders("transformers", "transformers.models")
-    with _stand_in(folders), _missing("scipy", "torchvision"):
+    with _stand_in(folders), _missing(*_UNUSED):
         with _replaced(metadata, "packages_distributions", dict):
             import diffusers.utils.import_utils as known
 
