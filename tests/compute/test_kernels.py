@@ -229,6 +229,15 @@ def test_doctor_gives_this_processors_reason(int8_runs: bool, bf16_runs: bool, i
     assert says in said and said.startswith("int8") == int8_runs
 
 
+def test_doctor_tells_of_a_torch_for_other_devices(tmp_path: Path, in_process: Callable[..., Any]) -> None:
+    from tiler.cli.doctor import _torch_build
+
+    assert _torch_build(tmp_path) == "built for processors"
+    (tmp_path / "libtorch_cuda.so").touch()
+    assert "built for CUDA" in _torch_build(tmp_path) and "77 MB" in _torch_build(tmp_path)
+    assert "built for" in in_process("doctor", "--json").json["torch"]
+
+
 @pytest.mark.skipif(library.library() is None or library.has_bf16(), reason="needs a library without bf16")
 def test_bf16_that_is_slower_than_fp32_is_only_used_if_it_is_forced(
     in_process: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -6,6 +6,7 @@ import itertools
 import platform
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -84,6 +85,7 @@ def _show_machine(measure: bool, json_output: bool) -> None:
         "accumulation dtype": "fp32 canvas, fp64 mask sums",
         "free disk": f"{format_mb(shutil.disk_usage(Path.cwd()).free)} in {Path.cwd()}",
         "hub cache": str(hub_cache()),
+        "torch": _torch_build(Path(str(find_spec("torch").origin)).with_name("lib")),  # type: ignore[union-attr]
         "versions": ", ".join(
             [
                 f"python {platform.python_version()}",
@@ -96,6 +98,14 @@ def _show_machine(measure: bool, json_output: bool) -> None:
 
         facts |= {f"kernels {number}": sentence for number, sentence in enumerate(compare(), 1)}
     _print(facts, json_output)
+
+
+def _torch_build(libraries: Path) -> str:
+    """The devices that torch is built for, by the files in its folder of libraries."""
+    for device, file in (("CUDA", "libtorch_cuda.so"), ("ROCm", "libtorch_hip.so")):
+        if (libraries / file).exists():
+            return f"built for {device}, which tiler does not use; the CPU build takes at least 77 MB less memory (README.md)"
+    return "built for processors"
 
 
 def _print(facts: dict[str, str], json_output: bool) -> None:
