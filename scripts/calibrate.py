@@ -32,6 +32,7 @@ from tiler.compute.tuning import INT8_CHANNELS
 from tiler.models.built import Models
 from tiler.models.family import Options, Role, plain_names, read_family
 from tiler.models.samples import Prompt
+from tiler.native import library
 from tiler.packing import packed_weights
 from tiler.planning.peaks import bf16_keys
 from tiler.request import Precision
@@ -105,7 +106,8 @@ def passes(isa: Isa, rounds: int = 2) -> None:
     import make_checkpoint
 
     limit_to(isa)
-    here = arithmetic()
+    here, kernels = arithmetic(), library.library()
+    print(f"Isa.{isa.name}: tiler's library: {kernels.isa if kernels else 'none'}", flush=True)
     for model in ("mini", str(make_checkpoint.make("sd15")), str(make_checkpoint.make("wide-sd3"))):
         models = Models(read_family(resolve(model)))
         runs = ["fp32", *(["int8"] if here.int8.products else []), *(["bf16"] if here.bf16 else [])]

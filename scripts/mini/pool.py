@@ -44,6 +44,9 @@ class Pool:
         """Those drawn for training."""
         return [k for p in sorted(self.folder.glob("i???.npy")) if (k := int(p.stem[1:])) < HELD_OUT_SHARD]
 
+    def has(self, shard: int) -> bool:
+        return self._path(shard).exists()
+
     def shape(self, shard: int) -> tuple[int, int]:
         """Height and width of its pictures, multiples of 32 px."""
         if shard % 3 == 2 and shard < HELD_OUT_SHARD:
@@ -70,7 +73,7 @@ class Pool:
     def draw(self, shard: int) -> bool:
         """Whether it had to be drawn."""
         path = self._path(shard)
-        if path.exists():
+        if self.has(shard):
             return False
         self.folder.mkdir(parents=True, exist_ok=True)
         rng, count = np.random.default_rng(1000 + shard), 2 * self.part

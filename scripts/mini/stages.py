@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,8 +27,8 @@ def draw(workshop: Workshop, shards: int, processes: int = 1) -> None:
     if processes == 1:
         _tell(wanted, map(workshop.pool.draw, wanted))
         return
-    with get_context("spawn").Pool(processes) as several:
-        _tell(wanted, several.imap(workshop.pool.draw, wanted))
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as several:
+        _tell(wanted, several.map(workshop.pool.draw, wanted))
 
 
 def _tell(shards: Iterable[int], drawn: Iterable[bool]) -> None:

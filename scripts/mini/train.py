@@ -39,6 +39,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
     parser.add_argument("--out", type=Path, default=SHIPPED)
     args = parser.parse_args()
+    if args.processes < 1 or not 0 < args.falling <= 1:
+        parser.error("--processes is 1 or more, --falling above 0 and at most 1")
     # numpy reads it when it is loaded: products of drawing are too small for threads that wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     run(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from heads import LayoutHead, WordsHead
 from machine import DEVICE, autocast, norms_in_bf16
 from model import build_scheduler, build_text_encoder, build_unet
 from optimisers import Average, Clock, Muon, step_size
+from pool import HELD_OUT_SHARD
 from tokens import move_words
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -126,6 +128,8 @@ class Training:
 def train_unet(workshop: Workshop, settings: UnetSettings) -> None:
     torch.manual_seed(2)
     tokenizer = workshop.tokenizer()
+    if not workshop.pool.shards() or not workshop.pool.has(HELD_OUT_SHARD):
+        sys.exit(f"{workshop.pool.folder} has no shards, or not the one that is held out: run `train.py draw` first")
     training = Training(settings, tokenizer)
     if not settings.fresh and (state := workshop.load_state("unet")) is not None:
         training.load_state_dict(state)
@@ -154,7 +158,8 @@ def _learn(workshop: Workshop, settings: UnetSettings, training: Training, suppl
                 f"unet step {training.steps} loss {noise:.4f} layout {layout:.3f} words {words:.3f} "
                 f"{speed:.1f} samples/s, {sampler.count} pictures"
             )
-            sampler.add(supply.new(wait=False))
+            if not done:
+                sampler.add(supply.new(wait=False))
         if done or clock.spent - measured > _MEASURE_EVERY:
             log(f"unet step {training.steps} held out {training.held_out_loss(held_out)}")
             measured = clock.spent

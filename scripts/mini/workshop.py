@@ -70,7 +70,9 @@ class Workshop:
             with autocast():
                 z = vae.encode(to_tensor(pictures[i : i + many], DEVICE)).latent_dist.mean
             parts.append(z.half().cpu())
-        torch.save(torch.cat(parts), path)
+        temporary = path.with_suffix(".tmp")
+        torch.save(torch.cat(parts), temporary)
+        temporary.replace(path)
         log(f"encoded shard {shard}")
 
     def _latents(self, shard: int, version: str) -> Path:

@@ -33,7 +33,7 @@ from tiler.compute.kernels import (
     Weight,
     read_pieces,
 )
-from tiler.compute.layers import linear, linear_layers, rows_of, stream_layers
+from tiler.compute.layers import StreamedLayer, linear, linear_layers, rows_of, stream_layers
 from tiler.compute.onednn import Geometry
 from tiler.compute.stream import Streamer
 from tiler.models.blocks import attention, feed_forward
@@ -286,3 +286,12 @@ def test_rows_of_a_layer_are_a_layer(tmp_path: Path, int8: bool) -> None:
         got = torch.cat(linear_layers(parts, x), dim=-1)
     assert (got - want).abs().max() < 1e-5
     assert torch.equal(linear(rows_of(plain, 96, 320), x), F.linear(x, plain.weight[96:], plain.bias[96:]))
+
+
+@pytest.mark.parametrize(("in_denoiser", "least"), [(True, 48), (False, 16)])
+def test_narrow_layers_are_streamed_and_the_narrowest_stay(in_denoiser: bool, least: int) -> None:
+    layers = nn.ModuleDict({str(width): nn.Conv2d(width, width, 3, device="meta") for width in (8, 16, 32, 48, 64)})
+    stream_layers(layers, Streamer(None, transform=in_denoiser))
+    assert {int(width) for width, layer in layers.items() if isinstance(layer, StreamedLayer)} == {
+        width for width in (8, 16, 32, 48, 64) if width >= least
+    }

@@ -408,6 +408,35 @@ def test_the_decoder_is_trained_alone(tmp_path: Path) -> None:
     assert np.mean(moved) > 0.9  # the first step is too small for a few large weights
 
 
+def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
+    from workshop import Workshop
+
+    script = Path(tiler.__file__).parents[1] / "scripts/mini/train.py"
+    options = ["--part", "1", "--shards", "1", "--processes", "2", "--work", tmp_path / "several"]
+    subprocess.run([sys.executable, script, "draw", *options], check=True, timeout=120)
+    several, one = Workshop(work=tmp_path / "several", part=1).pool, Workshop(work=tmp_path / "one", part=1).pool
+    for shard in (0, 900):
+        one.draw(shard)
+        assert np.array_equal(several.pictures(shard), one.pictures(shard))
+
+
+def test_only_counted_pictures_have_a_loss() -> None:
+    from labels import ATTRIBUTES, attribute_loss
+
+    generator = torch.Generator().manual_seed(1)
+    got = {name: torch.randn(5, classes, generator=generator) for name, classes in ATTRIBUTES.items()}
+    want = {
+        name: torch.rand(5, classes, generator=generator).round()
+        if name == "objects"
+        else torch.randint(classes, (5,), generator=generator)
+        for name, classes in ATTRIBUTES.items()
+    }
+    some = torch.tensor([True, False, True, True, False])
+    alone = attribute_loss({n: v[some] for n, v in got.items()}, {n: v[some] for n, v in want.items()})
+    assert attribute_loss(got, want, some).item() == pytest.approx(alone.item(), rel=1e-5)
+    assert attribute_loss(got, want, torch.zeros(5, dtype=torch.bool)).item() == 0
+
+
 def test_a_pool_may_grow_while_a_unet_learns_from_it(tmp_path: Path) -> None:
     import stages
     from examples import Sampler, Supply

@@ -165,4 +165,4 @@ def _compute_dtype(*, int8_runs: bool, bf16_runs: bool, bf16_is_slow: bool) -> s
         return f"{others}; this processor has bf16 instructions, which attention and the VAE beside int8 weights use, and --precision bf16"
     if bf16_is_slow:
         return f"{others}; this processor takes longer for bf16 products than for fp32's"
-    return f"{others}; tiler knows no bf16 instructions of this processor, and half precision without them is slower than fp32"
+    return f"{others}; tiler has no products of bf16 here, and half precision without them is slower than fp32"

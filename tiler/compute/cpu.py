@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from tiler.native.library import forced, has_bf16, library, missing
+from tiler.native.library import forced, library, missing
 
 _KNOWN = (
     "avx2",
@@ -55,7 +55,8 @@ def has_avx2() -> bool:
 
 def bf16_is_slow() -> bool:
     """Whether tiler's library leaves out this processor's products of bf16 because they take longer than fp32's."""
-    return "avx512_bf16" in flags() and library() is not None and not has_bf16()
+    found = library()
+    return found is not None and found.isa == "v4" and "avx512_bf16" in flags()
 
 
 class Isa(StrEnum):

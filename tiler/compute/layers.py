@@ -46,8 +46,9 @@ SMALL = 64 * 1024
 # In a denoiser, a linear layer or convolution with at least so many inputs and outputs is streamed however few elements
 # it has: tiler's library computes several samples at once with it. A choice, no measurement; `mini` has 48.
 _DENOISER_CHANNELS = 48
-# The same for convolutions of an autoencoder: `mini`, whose have 16 to 64, decodes 1024² in 4.0–5.3 s of one thread
-# instead of 6.1–6.8, TAESD 2048 × 256 in 5.8–6.3 instead of 8.4–8.7 (Zen 3).
+# The same for convolutions of an autoencoder: `mini`, whose layers have 16 to 64, decodes 1024² in 4.0–5.3 s of one
+# thread instead of 6.1–6.8, without the library in 5.7 instead of 7.2–7.8; TAESD 2048 × 256 in 5.8–6.3 instead of
+# 8.4–8.7 (Zen 3).
 _AUTOENCODER_CHANNELS = 16
 _PLAIN, _NOTHING = Input(), Epilogue()
 

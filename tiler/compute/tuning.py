@@ -99,9 +99,9 @@ _NO_GAIN = Speedup(1, 1)
 # the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width, two samples each;
 # the lower of two runs where there were two. `mini` in int8 is at the edge of what `auto` asks for: 1.25 and 1.33 with
 # VNNI, 1.30 and 1.32 on AVX2. A render's reads serve more samples, which favours fp32, whose weights take longer to
-# prepare: it counts as 1.2. On a Zen 3: 1.12, 1.47, 1.61. On Emerald Rapids, whose
-# bf16 products are slow (library.c), with attention in bf16: 1.42 and 0.57 at SD 1.5's size, 0.85 and 0.69 for `mini`,
-# which has 1.08 with attention in fp32.
+# prepare: it counts as 1.2. On a Zen 3: 1.12, 1.47, 1.61. On Emerald Rapids, whose bf16 products are slow (library.c),
+# with attention in bf16: 1.42 and 0.57 at SD 1.5's size, 0.85 and 0.69 for `mini`, which has 1.08 with attention in
+# fp32.
 SPEEDUPS_OF: Annotated[
     Mapping[Isa, Mapping[int, Speedup]], Passport("ratio", "python scripts/calibrate.py precisions")
 ] = {
@@ -177,7 +177,8 @@ RUN_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 
 LOAD_CALLS: Annotated[float, Passport("calls", "python scripts/remaining.py")] = 11.0
 # An autoencoder or a UNet with layers narrower than NARROW has this much more overhead, times the difference of the
 # widths' inverses: norms and files take time by value, of which narrow layers have more for each operation (mini,
-# processor time of one thread: decoding, 16 channels, takes 4.2 times its arithmetic at 1024²).
+# processor time of one thread: decoding, 16 channels, takes 4.2 times its arithmetic at 1024², 5.7 without the
+# library).
 NARROW: Annotated[int, Passport("channels", "python scripts/remaining.py")] = 128
 OVERHEAD_NARROW: Annotated[float, Passport("channels", "python scripts/remaining.py")] = 60.0
 # The same for a UNet (mini on a Zen 3, in seconds of a clock: two threads 29–31 at 1024² and 76–89 at 2048², one thread

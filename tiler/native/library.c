@@ -65,8 +65,8 @@ static void find_sets(Set sets[SETS]) {
   sets[1].runs = v3 && bits(a71, 1u << 4);
   sets[2].runs = vnni512;
   sets[3].runs = vnni512 && bits(a71, 1u << 5);
-  // AMX-BF16. Processors with it take longer for a product of bf16 vectors than for two of fp32: passes of SD 1.5's size
-  // and of `mini` have 0.57 and 0.69 of fp32's speed on Emerald Rapids (scripts/README.md); on Zen 4 they have 1.7 and 1.1.
+  // AMX-BF16. On Emerald Rapids, passes of SD 1.5's size and of `mini` have 0.57 and 0.69 of fp32's speed in bf16
+  // (scripts/README.md), on Zen 4 1.7 and 1.1. Of other processors with AMX none was measured; all are Intel's.
   sets[3].slow = bits(d7, 1u << 22);
 }
 #else

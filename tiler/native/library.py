@@ -281,8 +281,8 @@ def _declare(functions: Any) -> None:
 
 
 def library() -> Library | None:
-    """The library for the instruction set that TILER_ISA names, else for the best one here. Raises UsageError if this
-    processor lacks the named one."""
+    """The library for the instruction set that TILER_ISA names, else for the fastest one here. Raises UsageError if
+    this processor lacks the named one."""
     found = _find()
     return found if isinstance(found, Library) else None
 

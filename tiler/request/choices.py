@@ -123,8 +123,8 @@ class Precision(StrEnum):
 
 
 class DecodePrecision(StrEnum):
-    """The arithmetic of an autoencoder's layers. AUTO takes bf16 beside a denoiser in int8 or bf16, if the processor is
-    faster in it."""
+    """The arithmetic of an autoencoder's layers. AUTO takes bf16 beside a denoiser in int8 or bf16, if this processor
+    computes faster in it."""
 
     FP32 = "fp32"
     BF16 = "bf16"

@@ -253,7 +253,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         Precision.AUTO,
         Option(
             "Arithmetic of the denoiser. int8 is fastest and reads half the bytes, from a file that is made once in --cache-dir; "
-            "bf16 is closer to fp32 and makes no file, but needs a processor with fast bf16 instructions; auto is int8, else bf16, if it is "
+            "bf16 is closer to fp32 and makes no file, but needs bf16 instructions that are fast (see `tiler doctor`); auto is int8, else bf16, if it is "
             "at least 1.3 times as fast as fp32 on this processor for models of that width, else fp32.",
             Panel.MEMORY,
             ("--precision",),

@@ -66,7 +66,7 @@ DECODE = Option(
     ("--decode",),
 )
 DECODE_PRECISION = Option(
-    "Arithmetic of the autoencoder. bf16 takes two thirds of fp32's time on processors with fast bf16 instructions "
+    "Arithmetic of the autoencoder. bf16 takes two thirds of fp32's time where `tiler doctor` offers it, "
     "and keeps more than 50 dB PSNR; auto is bf16 beside a denoiser in int8 or bf16, else fp32.",
     Panel.MEMORY, ("--decode-precision",),
 )  # fmt: skip
