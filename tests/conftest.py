@@ -192,6 +192,9 @@ def tiler(tmp_path: Path):
     return run
 
 
+_NICE = os.nice
+
+
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     """Run `tiler` in the test's own process, in an empty folder, which takes a quarter of the time. Not for tests of
@@ -204,6 +207,8 @@ def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Ca
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             patch.setenv("COLUMNS", "200")
+            if os.nice is _NICE:  # a batch would slow down all later tests of this process
+                patch.setattr(os, "nice", lambda by: 0)
             if args[:1] != ("config",):  # which shows the environment
                 patch.setenv("TILER_MAX_RAM", "8GB")  # what earlier tests have left in this process counts as well
             for name, value in (env or {}).items():
