@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from multiprocessing import get_context
 
@@ -35,14 +35,14 @@ class Examples:
     labels: dict[str, Tensor]  # of labels()
     whole: Tensor  # (n,): whether it is a whole scene rather than a crop
 
-    def joined(self, other: Examples) -> Examples:
-        return Examples(
-            labels={name: torch.cat([v, other.labels[name]]) for name, v in self.labels.items()},
-            **{
-                f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)])
-                for f in fields(self)
-                if f.name != "labels"
-            },
+    @classmethod
+    def joined(cls, parts: list[Examples]) -> Examples:
+        return cls(
+            latents=torch.cat([part.latents for part in parts]),
+            layout=torch.cat([part.layout for part in parts]),
+            ids=torch.cat([part.ids for part in parts]),
+            labels={name: torch.cat([part.labels[name] for part in parts]) for name in parts[0].labels},
+            whole=torch.cat([part.whole for part in parts]),
         )
 
 
@@ -164,10 +164,12 @@ class Sampler:
         self._rng = np.random.default_rng(seed)
 
     def add(self, examples: list[Examples]) -> None:
+        parts: dict[tuple[int, ...], list[Examples]] = {}
         for more in examples:
-            shape = tuple(more.latents.shape[2:])
-            known = self._shapes.get(shape)
-            self._shapes[shape] = _Shape(known.examples.joined(more) if known else more)
+            parts.setdefault(tuple(more.latents.shape[2:]), []).append(more)
+        for shape, new in parts.items():
+            known = [self._shapes[shape].examples] if shape in self._shapes else []
+            self._shapes[shape] = _Shape(Examples.joined(known + new))
 
     @property
     def count(self) -> int:

@@ -116,7 +116,7 @@ def autoencoder(settings: Settings) -> None:
         for k in range(settings.count or 200):
             scene = art.compose(HELD_OUT + k)
             view = choose_view(rng, scene) if name == "crops" else None
-            x = to_tensor(art.draw(scene, view).pixels[None, 64:192, 64:192]).to(DEVICE)
+            x = to_tensor(art.draw(scene, view).pixels[None, 64:192, 64:192], DEVICE)
             with autocast():
                 y = vae.decode(vae.encode(x).latent_dist.mean).sample.float().clamp(-1, 1)
             found.append(-10 * np.log10(max(1e-7, (y - x).square().mean().item() / 4)))

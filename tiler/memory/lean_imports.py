@@ -168,12 +168,11 @@ def _replacements() -> Iterator[None]:
     if "torch._dynamo" in sys.modules or "diffusers.models.unets" in sys.modules:
         yield
         return
-    dynamo = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
     with (
         _replaced(torch.compiler, "disable", _no_op),
         _replaced(torch.distributed, "is_available", lambda: False),
         _replaced(operators, "get_source", lambda level: "unknown"),
-        _stand_in({name: _StandIn(name) for name in dynamo}),
+        _stand_in({"torch._dynamo": _StandIn("torch._dynamo")}),
         _lean_transformers() if _program else nullcontext(),
     ):
         import diffusers.models  # noqa: F401
