@@ -197,3 +197,41 @@ def test_only_code_that_can_be_had_from_its_file_is_released() -> None:
         + mapping("c000-f000", "r-xp", "/usr/lib/b c.so", 0)
     )
     assert list(_untouched_code(smaps)) == [(0x1000, 0x3000), (0xC000, 0xF000)]
+
+
+@pytest.mark.skipif(process._mallinfo() is None, reason="this C library reports no freed memory")
+def test_freed_memory_that_was_returned_counts_no_longer() -> None:
+    """A hole of 64 MB below a block in use: freed, returned, used and freed again, while other memory comes and
+    goes."""
+    code = """
+import ctypes, mmap
+from tiler.memory import process
+process.frugal_allocator()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def fill():
+    blocks = [libc.malloc(2**20) for _ in range(64)]
+    for block in blocks:
+        ctypes.memset(block, 1, 2**20)
+    return blocks
+def clear(blocks):
+    for block in blocks:
+        libc.free(block)
+blocks, last = fill(), libc.malloc(2**20)
+clear(blocks)
+other = mmap.mmap(-1, 2**26, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for i in range(0, 2**26, 4096):
+    other[i] = 1
+process.release_heap()
+print(process.free_heap())
+other.close()
+blocks = fill()
+print(process.free_heap())
+clear(blocks)
+print(process.free_heap())
+process.release_heap()
+print(process.free_heap())
+"""
+    returned, in_use, freed, again = (int(n) / 2**20 for n in fresh(code).split())
+    assert max(returned, in_use, again) < 4
+    assert 60 < freed < 70

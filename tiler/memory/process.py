@@ -35,6 +35,7 @@ _huge_pages: _Thp | None = (
     None  # the state in which tensors and arrays alone have huge pages, if the system has such a state
 )
 _threshold: int | None = None  # the one in effect, if this module set the allocator's thresholds
+_beside_heap: int | None = None  # the least of `_beside` since the last `release_heap`
 
 
 class Rss(NamedTuple):
@@ -181,14 +182,35 @@ def _mallinfo() -> Callable[[], _MallInfo] | None:
 
 
 def free_heap() -> int:
-    """The freed bytes that the heap still holds; 0 if the C library does not report them."""
-    info = _mallinfo()
-    return int(info().fordblks) if info is not None else 0
+    """The freed bytes of the heap that are still resident; 0 if the C library does not report freed bytes.
+
+    glibc's own figure counts freed memory that `release_heap` has returned too, so a heap that was once large would
+    always seem to have some. It is therefore at most what has become resident since then, beside the memory in use.
+    Other memory that has become resident counts as well, until the next release.
+    """
+    global _beside_heap
+    if (mallinfo := _mallinfo()) is None:
+        return 0
+    info = mallinfo()
+    if _beside_heap is None:
+        return int(info.fordblks)
+    beside = _beside(info)
+    _beside_heap = min(_beside_heap, beside)  # other memory was returned
+    return min(int(info.fordblks), beside - _beside_heap)
+
+
+def _beside(info: _MallInfo) -> int:
+    """The resident anonymous bytes, less the blocks in use."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0) - info.uordblks - info.hblkhd)
 
 
 def release_heap() -> None:
     """Return freed heap memory to the system (about 5 ms)."""
+    global _beside_heap
     _malloc_trim()(0)
+    if (mallinfo := _mallinfo()) is not None:
+        _beside_heap = _beside(mallinfo())
 
 
 def frugal_allocator() -> None:
