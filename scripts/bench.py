@@ -71,7 +71,7 @@ files = packed_weights(models, default_cache(), lambda share, why: None) if prec
 process.reset_peak()
 unet, n, budget = models.module(family.part(Role.DENOISER)), family.native, Budget({ceiling})
 peak = plan.memory.peak_of("canvas")
-check = at_layer(budget, peak)
+check = at_layer(budget, peak, plan.memory.heap_of("canvas"))
 halves = bf16_keys(family.part(Role.DENOISER), unet, precision)
 options = dict(bf16_keys=halves, arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes))
 with streamed(unet, files, plain_names, plan.resident["canvas"], **options) as streamer:

@@ -79,7 +79,7 @@ side = {side} or family.native
 for one in family.example([i // 2 for i in range({samples} or plan.batch)], (side, side)):
     prompt = one.prompt._replace(tokens=real(one.prompt.tokens), pooled=None if one.prompt.pooled is None else real(one.prompt.pooled))
     samples.append(one._replace(latents=real(one.latents), prompt=prompt))
-check = at_layer(Budget({ceiling} * 2), plan.memory.peak_of("canvas"))
+check = at_layer(Budget({ceiling} * 2), plan.memory.peak_of("canvas"), plan.memory.heap_of("canvas"))
 held = dict(changes=changes, arena_bytes=plan.arena_bytes, transform=True)
 torch.set_num_threads(1)  # threads that wait take the processor's time too
 with streamed(module, files, names, plan.resident["canvas"], **held) as streamer:

@@ -111,7 +111,8 @@ def main() -> None:
     for name, kind in _NATIVE.items():
         named(Library, name, kind)
     budget, samples, part = Unchecked(args.ceiling), plan.batch, family.part(Role.DENOISER)
-    unet, check = models.module(part), at_layer(budget, plan.memory.peak_of("canvas"))
+    unet = models.module(part)
+    check = at_layer(budget, plan.memory.peak_of("canvas"), plan.memory.heap_of("canvas"))
     with streamed(
         unet, weights, plain_names, plan.resident["canvas"], bf16_keys=bf16_keys(part, unet, precision),
         arena_bytes=plan.arena_bytes, transform=True, short=lambda: budget.short(plan.sample_bytes),

@@ -113,7 +113,8 @@ def open_weights(run: DenoiserRun, phase: Phase = Phase.CANVAS) -> Iterator[Stre
 def runner_on(streamer: Streamer, run: DenoiserRun, prompts: Prompts, phase: Phase = Phase.CANVAS) -> LocalRunner:
     """A runner on weights that are already open; runs with the same plan may share them. Raises TilerError."""
     request, plan, family = run.request, run.plan, run.plan.family
-    denoiser, check = run.models.module(family.part(Role.DENOISER)), at_layer(run.budget, plan.memory.peak_bytes)
+    denoiser = run.models.module(family.part(Role.DENOISER))
+    check = at_layer(run.budget, plan.memory.peak_bytes, plan.memory.heap_of(phase))
     scales = {request.guidance_scale, *(r.guidance_scale for r in request.regions if r.guidance_scale is not None)}
     options = Options(
         attention_window=request.attention_window, seed=request.seed, tile_conditioning=request.tile_conditioning,

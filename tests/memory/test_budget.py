@@ -220,6 +220,16 @@ def test_freed_heap_stays_where_the_plan_leaves_room(
     assert (not released) == stays
 
 
+@pytest.mark.parametrize(("freed", "stays"), [(80, True), (90, False)])
+def test_freed_heap_stays_that_the_plan_has(monkeypatch: pytest.MonkeyPatch, freed: int, stays: bool) -> None:
+    """Under a ceiling that leaves no room above the plan."""
+    released = []
+    monkeypatch.setattr(process, "free_heap", lambda: freed * 2**20)
+    monkeypatch.setattr(process, "release_heap", lambda: released.append(freed))
+    at_layer(Budget("2GB"), parse_bytes("1700MB"), heap_bytes=88 * 2**20)("layer")
+    assert (not released) == stays
+
+
 def test_memory_is_short_when_what_comes_would_not_fit() -> None:
     budget = Budget("10GB")
     assert not budget.short(1_000_000_000)

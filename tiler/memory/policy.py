@@ -17,14 +17,14 @@ from tiler.memory.tuning import (
 )
 
 
-def at_layer(budget: Budget, planned_bytes: int) -> Callable[[str], None]:
+def at_layer(budget: Budget, planned_bytes: int, heap_bytes: int = 0) -> Callable[[str], None]:
     """Return the check that runs between two layers of a denoiser. It releases freed memory if there is enough of it to
-    be worth the call (5 ms) and the page faults afterwards, or more than a roomy ceiling leaves above the plan, and
-    then checks the ceiling."""
+    be worth the call (5 ms) and the page faults afterwards, or more than a roomy ceiling leaves above the plan, or than
+    the `heap_bytes` that the plan has for it, and then checks the ceiling."""
     process.use_huge_pages(False)
     if kept := budget.room(planned_bytes, ROOMY):
         process.generous_allocator()
-    kept = kept or budget.room(planned_bytes, HEAP_WORTH_RELEASING_ROOMY) or HEAP_WORTH_RELEASING
+    kept = kept or max(budget.room(planned_bytes, HEAP_WORTH_RELEASING_ROOMY), HEAP_WORTH_RELEASING, heap_bytes)
 
     def check(where: str) -> None:
         if process.free_heap() > kept:

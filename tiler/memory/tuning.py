@@ -31,6 +31,11 @@ HEAP_WORTH_RELEASING: Annotated[int, Passport("bytes", "python scripts/profile_p
 HEAP_WORTH_RELEASING_ROOMY: Annotated[int, Passport("bytes", "python scripts/saving.py render --model mini")] = (
     64 * 2**20
 )
+# Freed memory that a denoiser's samples reuse, where a read of the weights then still serves HEAP_SAMPLES of them: a
+# pass of SD 1.5 in int8 takes 0.93–0.95 of the time a sample with 10 samples and 88 MB as with 13 and none, and has 35
+# thousand instead of 100 thousand page faults (Zen 5, two threads).
+HEAP_REUSED: Annotated[int, Passport("bytes", "python scripts/bench.py unet --only int8")] = 88 * 2**20
+HEAP_SAMPLES: Annotated[int, Passport("samples", "python scripts/bench.py unet --only int8")] = 8
 # Freed memory that stays if the ceiling is far above the plan; SD 1.5's UNet reuses 160 MB.
 ROOMY: Annotated[int, Passport("bytes", "python scripts/profile_pass.py --ceiling 4000000000")] = 256 * 2**20
 # Ceilings from which an autoencoder's tensors have huge pages, 17 MB more; under smaller ones they were not measured.

@@ -11,8 +11,8 @@ import torch
 from tiler.compute.tuning import RESIDENT_SLACK
 from tiler.decoding.method import DecodePlan
 from tiler.decoding.scratch import STRIP_BYTES
-from tiler.memory.tuning import HEAP_KEPT, NEAR, RESIDENT_MARGIN
-from tiler.planning.table import PhasePlan, Term
+from tiler.memory.tuning import HEAP_KEPT, HEAP_SAMPLES, NEAR, RESIDENT_MARGIN
+from tiler.planning.table import FREE_HEAP, PhasePlan, Term
 from tiler.weights.index import TensorInfo
 from tiler.weights.store import TORCH_DTYPES
 
@@ -50,7 +50,7 @@ def with_resident(
     chosen = {} if method is not None and method.by_layers else _choose_resident(streamed, room)
     nbytes = sum(_resident_bytes(streamed.stored[name], dtype) for name, dtype in chosen.items())
     phase = _with(phase, "resident weights", int((1 + streamed.slack) * nbytes))
-    return phase if method is None else _with_heap(phase, method, max_bytes), chosen
+    return phase if method is None else _with_strips(phase, method, max_bytes), chosen
 
 
 def _resident_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
@@ -58,11 +58,28 @@ def _resident_bytes(info: TensorInfo, dtype: torch.dtype) -> int:
     return 4 * math.prod(info.shape) if dtype == torch.float32 else info.nbytes
 
 
-def _with_heap(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
+def with_heap(phase: PhasePlan, nbytes: int) -> PhasePlan:
+    """`phase` with so many freed bytes that stay in the heap, to be used again."""
+    return _with(phase, FREE_HEAP, nbytes)
+
+
+def _with_strips(phase: PhasePlan, method: DecodePlan, max_bytes: int) -> PhasePlan:
     """Add the freed memory of an autoencoder's strips that the heap may keep, as far as the ceiling has room for it. It
     can be reused, since the blocks of one strip fit where those of the previous one were."""
     freed = min(HEAP_KEPT, method.memory_bytes - STRIP_BYTES)
-    return _with(phase, "free heap", min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
+    return with_heap(phase, min(freed, int(max_bytes * NEAR) - phase.peak_bytes))
+
+
+def batch_and_heap(peak: Callable[[int], int], room: int, most: int, samples: int, heap: int) -> tuple[int, int]:
+    """The largest batch whose predicted peak fits, in passes of equal size over `samples`, and the freed bytes that it
+    may reuse: `heap`, if each read of the weights then still serves HEAP_SAMPLES, else 0."""
+
+    def equal(batch: int) -> int:
+        return math.ceil(samples / math.ceil(samples / batch))
+
+    batch = equal(largest_batch(peak, room, min(most, samples)))
+    fewer = equal(largest_batch(peak, room - heap, batch))
+    return (fewer, heap) if fewer >= HEAP_SAMPLES else (batch, 0)
 
 
 def largest_batch(peak: Callable[[int], int], room: int, most: int) -> int:

@@ -29,12 +29,12 @@ from tiler.errors import StorageError, UsageError
 from tiler.events import Phase
 from tiler.files import named
 from tiler.memory.budget import format_mb
-from tiler.memory.tuning import MARGIN
+from tiler.memory.tuning import HEAP_REUSED, MARGIN
 from tiler.models.built import Models
 from tiler.models.chunks import MOST_CHUNKS
 from tiler.models.family import Family, Role, VaeSpec
 from tiler.planning.facts import Facts
-from tiler.planning.fit import Streamed, largest_batch, with_resident
+from tiler.planning.fit import Streamed, batch_and_heap, with_heap, with_resident
 from tiler.planning.peaks import DenoiserPeaks, VaePeaks, in_place_of_activations, text_phase, tiny_preview_bytes
 from tiler.planning.precision import choose_decode_precision, choose_precision
 from tiler.planning.table import MemoryPlan, PhasePlan, Term
@@ -197,13 +197,18 @@ def plan_render(
         if max(sampling(sampler, name).peak_bytes for name in names) > max_bytes * MARGIN:
             sampler = tight
 
-    def batch_of(name: Phase, most: int) -> int:
-        return largest_batch(lambda b: sampling(sampler, name, b).peak_bytes, int(max_bytes * MARGIN), most)
+    def batch_of(name: Phase, samples: int) -> tuple[int, int]:
+        """The samples of one read, and the freed bytes that they may reuse."""
+        heap = min(HEAP_REUSED, sample_bytes)
+        return batch_and_heap(
+            lambda b: sampling(sampler, name, b).peak_bytes, int(max_bytes * MARGIN), most, samples, heap
+        )
 
     with sampler.open():
-        batch = batch_of(Phase.CANVAS, min(most, per_step))
-        batch = math.ceil(per_step / math.ceil(per_step / batch))  # passes of equal size
-        guide_batch = 1 if guide is None else batch_of(Phase.GUIDE, min(most, len(guide_samples)))
+        areas = [tile] if guide is None else [tile, (guide.height, guide.width)]
+        sample_bytes = max(sampler.activations((0,), *area) for area in areas)
+        batch, heap = batch_of(Phase.CANVAS, per_step)
+        guide_batch, guide_heap = (1, 0) if guide is None else batch_of(Phase.GUIDE, len(guide_samples))
     while_encoding = [facts.text_libraries, prompts, *joined]
     encoding = PhasePlan(name=Phase.ENCODE_PROMPTS, terms=tuple(while_encoding))
     if not encoded:
@@ -226,19 +231,19 @@ def plan_render(
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
     streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
 
-    def filling(name: Phase, n: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
-        phase, chosen = with_resident(sampling(sampler, name, n), streamed, None, max_bytes)
+    def filling(name: Phase, n: int, heap: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+        phase, chosen = with_resident(with_heap(sampling(sampler, name, n), heap), streamed, None, max_bytes)
         if not (int8 := sampler.streamer.int8_keys) or int8 - chosen.keys():
             return phase, chosen
         in_place = DenoiserPeaks(
             models, precision, arena_bytes=sampler.streamer.arena_bytes, chunks=chunks, in_place=True
         )
-        again, more = with_resident(sampling(in_place, name, n), streamed, None, max_bytes)
+        again, more = with_resident(with_heap(sampling(in_place, name, n), heap), streamed, None, max_bytes)
         # With more room, a large fp32 weight may come in and an int8 one go, which would then be held after all.
         return (phase, chosen) if int8 - more.keys() else (again, more)
 
-    batches = ((Phase.GUIDE, guide_batch), (Phase.CANVAS, batch))
-    filled = [filling(name, n) for name, n in batches if name in names]
+    batches = ((Phase.GUIDE, guide_batch, guide_heap), (Phase.CANVAS, batch, heap))
+    filled = [filling(*of_phase) for of_phase in batches if of_phase[0] in names]
     coding_phases = [c.holding(prompts, *greeting) if c.phase.name == Phase.GUIDE_PICTURE else c for c in coding.phases]
     filled += [with_resident(c.phase, c.streamed, coding.methods[c.phase.name], max_bytes) for c in coding_phases]
     resident |= {phase.name: chosen for phase, chosen in filled}
@@ -262,7 +267,7 @@ def plan_render(
             *schedule.notes,
             *([f"the canvas lies in files, in {named(request.scratch_folder)}"] if on_disk else []),
         ),
-        sample_bytes=sampler.activations((0,), *tile),
+        sample_bytes=sample_bytes,
         arena_bytes=sampler.streamer.arena_bytes,
         preview_bytes=preview_bytes,
         memory=MemoryPlan(

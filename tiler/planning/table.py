@@ -9,6 +9,7 @@ from tiler.memory.budget import format_mb, name_ceiling
 from tiler.memory.tuning import MARGIN
 
 WIDTH = 80  # columns of a terminal
+FREE_HEAP = "free heap"  # the term of freed memory that stays, to be used again
 # The memory of a process may differ by so much from that of the next one: by 140 kB among six (`tiler plan --json`).
 _SPREAD_BYTES = 250_000
 
@@ -56,7 +57,14 @@ class MemoryPlan:
 
     def peak_of(self, name: str) -> int:
         """The peak of the phase with this name, in bytes."""
-        return next(phase.peak_bytes for phase in self.phases if phase.name == name)
+        return self._phase(name).peak_bytes
+
+    def heap_of(self, name: str) -> int:
+        """The freed memory that may stay in the phase with this name, in bytes."""
+        return sum(term.nbytes for term in self._phase(name).terms if term.name == FREE_HEAP)
+
+    def _phase(self, name: str) -> PhasePlan:
+        return next(phase for phase in self.phases if phase.name == name)
 
     @property
     def fits(self) -> bool:
