@@ -99,9 +99,10 @@ _NO_GAIN = Speedup(1, 1)
 # the row's instructions: passes of `mini`, of SD 1.5's size, and of SD 3.5 large's width, two samples each;
 # the lower of two runs where there were two. `mini` in int8 is at the edge of what `auto` asks for: 1.25 and 1.33 with
 # VNNI, 1.30 and 1.32 on AVX2. A render's reads serve more samples, which favours fp32, whose weights take longer to
-# prepare: it counts as 1.2. On a Zen 3: 1.12, 1.47, 1.61. On Emerald Rapids, whose bf16 products are slow (library.c),
-# with attention in bf16: 1.42 and 0.57 at SD 1.5's size, 0.85 and 0.69 for `mini`, which has 1.08 with attention in
-# fp32.
+# prepare: it counts as 1.2. On a Zen 5, by a clock, with two threads and 9 or 10 samples a read (bench.py unet): SD
+# 1.5's size has 2.1 in int8 and 1.6 in bf16. On a Zen 3: 1.12, 1.47, 1.61. On Emerald Rapids, whose bf16 products are
+# slow (library.c), with attention in bf16: 1.42 and 0.57 at SD 1.5's size, 0.85 and 0.69 for `mini`, which has 1.08
+# with attention in fp32.
 SPEEDUPS_OF: Annotated[
     Mapping[Isa, Mapping[int, Speedup]], Passport("ratio", "python scripts/calibrate.py precisions")
 ] = {
