@@ -32,7 +32,7 @@ HEAP_WORTH_RELEASING_ROOMY: Annotated[int, Passport("bytes", "python scripts/sav
     64 * 2**20
 )
 # Freed memory that a denoiser's samples reuse, where a read of the weights then still serves HEAP_SAMPLES of them: a
-# pass of SD 1.5 in int8 takes 0.93–0.95 of the time a sample with 10 samples and 88 MB as with 13 and none, and has 35
+# pass of SD 1.5 in int8 takes 0.93–0.95 of the time a sample with 10 samples and 88 MB as with 13 and none, and has 40
 # thousand instead of 100 thousand page faults (Zen 5, two threads).
 HEAP_REUSED: Annotated[int, Passport("bytes", "python scripts/bench.py unet --only int8")] = 88 * 2**20
 HEAP_SAMPLES: Annotated[int, Passport("samples", "python scripts/bench.py unet --only int8")] = 8

@@ -231,14 +231,17 @@ def plan_render(
     stored = {name: info for name, info in sampler.stored.items() if not once(name)}
     streamed = Streamed(sampler.weights, stored, facts.arithmetic.int8.products, sampler.resident_slack)
 
-    def filling(name: Phase, n: int, heap: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
-        phase, chosen = with_resident(with_heap(sampling(sampler, name, n), heap), streamed, None, max_bytes)
+    def filling(name: Phase, n: int, freed: int) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+        def filled_by(peaks: DenoiserPeaks) -> tuple[PhasePlan, dict[str, torch.dtype]]:
+            return with_resident(with_heap(sampling(peaks, name, n), freed), streamed, None, max_bytes)
+
+        phase, chosen = filled_by(sampler)
         if not (int8 := sampler.streamer.int8_keys) or int8 - chosen.keys():
             return phase, chosen
         in_place = DenoiserPeaks(
             models, precision, arena_bytes=sampler.streamer.arena_bytes, chunks=chunks, in_place=True
         )
-        again, more = with_resident(with_heap(sampling(in_place, name, n), heap), streamed, None, max_bytes)
+        again, more = filled_by(in_place)
         # With more room, a large fp32 weight may come in and an int8 one go, which would then be held after all.
         return (phase, chosen) if int8 - more.keys() else (again, more)
 
