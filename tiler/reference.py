@@ -110,7 +110,9 @@ def _reference_parts(
             assert plan.spot is not None
             pixels = BoxPixels(picture, plan.spot)
         else:
-            pixels = guide.crop_to_aspect(picture, height, width, box, wraps, encoder.margin_pixels)
+            pixels = guide.crop_to_aspect(
+                picture, height, width, box, wraps, encoder.margin_pixels, request.guide_sharpen
+            )
 
         def progress(done: float) -> None:
             tell(decoded + (1 - decoded) * done)

@@ -1,11 +1,17 @@
-"""The size of the guide, and the enlargement of its latents."""
+"""The size of the guide, the enlargement of its latents, and the sharpening of its picture."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
-from tiler.diffusion.guide import GuideSize, guide_size, upscale
+from tiler.diffusion.guide import GuideSize, crop_to_aspect, guide_size, upscale
 
 
 def test_the_guides_latents_are_enlarged_as_torch_does_and_wrap() -> None:
@@ -30,3 +36,46 @@ def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
     assert wide.shown_width / wide.shown_height == pytest.approx(2)
     assert wide.height >= wide.shown_height > wide.height - 8
     assert wide.width >= wide.shown_width > wide.width - 8
+
+
+def _noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(70, 186, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 300])
+def test_a_sharpened_guide_is_pillows_whatever_rows_are_asked_for(rows: int) -> None:
+    source = _noise(97, 61)
+    sharp = Image.fromarray(source).filter(ImageFilter.UnsharpMask(1, 40, 0))
+    want = np.asarray(sharp.resize((183, 291), Image.Resampling.LANCZOS))
+    got = crop_to_aspect(source, 291, 183, sharpen=40)
+    strips = np.concatenate([got[at : at + rows] for at in range(0, 291, rows)])
+    assert np.abs(strips.astype(int) - want).max() <= 1
+    assert np.abs(strips.astype(int) - crop_to_aspect(source, 291, 183)[0:291]).max() > 10
+
+
+def test_a_sharpened_guide_that_wraps_is_that_of_its_copies_side_by_side() -> None:
+    source = _noise(40, 24)
+    got = crop_to_aspect(source, 120, 72, (40, 24), (True, True), margin=(16, 32), sharpen=100)
+    whole = crop_to_aspect(np.tile(source, (3, 3, 1)), 360, 216, sharpen=100)
+    assert np.abs(got[0:152].astype(int) - whole[104:256][:, 40:176]).max() <= 1
+
+
+@pytest.mark.parametrize("side", [48, 64])
+def test_a_picture_that_does_not_become_larger_is_not_sharpened(side: int) -> None:
+    source = _noise(64, 64)
+    got, plain = (crop_to_aspect(source, side, side, sharpen=n)[0:side] for n in (100, 0))
+    assert np.array_equal(got, plain)
+
+
+@pytest.mark.parametrize("how", ["pixel", "latent", "progressive"])
+def test_an_option_sharpens_guides_that_are_enlarged_as_pictures(
+    in_process: Any, tiny: Path, tmp_path: Path, how: str
+) -> None:
+    words = "render", "a", "--model", tiny, "--size", 176, "--steps", 2, "--seed", 3, "--guide-upscale", how, "-q", "-o"
+    for name, more in ("plain", ()), ("none", ("--guide-sharpen", 0)), ("sharp", ("--guide-sharpen", 120)):
+        assert in_process(*words, f"{name}.png", *more).code == 0
+    plain, none, sharp = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("plain", "none", "sharp"))
+    assert np.array_equal(plain, none)
+    assert np.array_equal(plain, sharp) == (how == "latent")
+    assert json.loads(Image.open(tmp_path / "sharp.png").info["tiler"])["guide_sharpen"] == 120
+    assert "--guide-sharpen" not in in_process("info", "plain.png").out

@@ -17,13 +17,13 @@ from tiler.request.regions import Region
 
 def test_a_model_folder_may_state_its_own_defaults(tmp_path: Path) -> None:
     (tmp_path / "tiler.toml").write_text(
-        'guidance_scale = 3\nscheduler = "euler a"\nprompt = "a lake"\nlayout = "jitter"\n'
+        'guidance_scale = 3\nscheduler = "euler a"\nprompt = "a lake"\nlayout = "jitter"\nguide_sharpen = 50\n'
         "guidance_interval = [0, 0.75]\n"
     )
     said = read_defaults(tmp_path)
     assert said == {
         "guidance_scale": 3, "scheduler": Scheduler.EULER_A, "prompt": "a lake", "layout": Layout.JITTER,
-        "guidance_interval": (0, 0.75),
+        "guidance_interval": (0, 0.75), "guide_sharpen": 50,
     }  # fmt: skip
     assert isinstance(said["layout"], Layout)
     assert read_defaults(tmp_path / "elsewhere") == {}

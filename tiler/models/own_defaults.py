@@ -16,7 +16,7 @@ _MAX_BYTES = 100_000
 _KEYS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str, list), "negative_prompt": (str,), "num_inference_steps": (int,), "guidance_scale": (int, float),
     "guidance_interval": (list,), "strength": (int, float), "scheduler": (str,), "layout": (str,),
-    "guide_upscale": (str,),
+    "guide_upscale": (str,), "guide_sharpen": (int,),
 }  # fmt: skip
 
 

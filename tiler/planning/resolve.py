@@ -22,7 +22,7 @@ from tiler.request.paper import parse_length, sheet_pixels
 _ROW: Mapping[str, Any] = {
     "num_inference_steps": 20, "guidance_scale": 7.5, "guidance_interval": (0.0, 1.0), "strength": 0.5,
     "scheduler": Scheduler.AUTO, "layout": Layout.GRID,
-    "guide_upscale": GuideUpscale.PIXEL,
+    "guide_upscale": GuideUpscale.PIXEL, "guide_sharpen": 0,
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ PIXEL_STEP = 8  # px: sides of a canvas and of its regions are multiples of this
 MAX_SIDE = 131_072  # px
 MAX_STEPS = 1_000
 MAX_SCALE = 64
+MAX_SHARPEN = 500  # percent
 MAX_CLIP_SKIP = 64  # above the layers of any CLIP
 MAX_SEED = 2**64 - 1
 STDOUT = Path("-")  # as an output, standard output

@@ -11,6 +11,7 @@ from tiler.request.choices import (
     MAX_CLIP_SKIP,
     MAX_SCALE,
     MAX_SEED,
+    MAX_SHARPEN,
     MAX_SIDE,
     MAX_STEPS,
     PIXEL_STEP,
@@ -122,13 +123,9 @@ class RenderRequest(ModelOptions, ClusterOptions):
     wrap: Wrap = option(Wrap.NONE, shared.WRAP)
     seed: int | None = option(
         None,
-        Option(
-            "The same seed gives the same picture; -1 draws one at random.",
-            Panel.PICTURE,
-            ("--seed", "-s"),
-            default="random",
-        ),
-    )
+        Option("The same seed gives the same picture; -1 draws one at random.", Panel.PICTURE, ("--seed", "-s"),
+               default="random"),
+    )  # fmt: skip
 
     tiny_vae: str | None = option(None, shared.TINY_VAE)
 
@@ -207,6 +204,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
             default="the model's, mostly pixel",
         ),
     )
+    guide_sharpen: int | None = option(None, shared.GUIDE_SHARPEN)
     layout: Layout | None = option(
         None,
         Option(
@@ -292,6 +290,7 @@ class RenderRequest(ModelOptions, ClusterOptions):
         within("--seed", self.seed, 0, MAX_SEED)
         within("--dpi", self.dpi, 1, 10_000)
         within("--quality", self.quality, 1, 100)
+        within("--guide-sharpen", self.guide_sharpen, 0, MAX_SHARPEN, "percent")
         within("--scale", self.scale, 1, MAX_SCALE)
         within("--preview-interval", self.preview_interval, 1, MAX_STEPS)
         within("--clip-skip", self.clip_skip, 1, MAX_CLIP_SKIP)
@@ -367,6 +366,7 @@ class ResolvedRequest(RenderRequest):
     scheduler: Scheduler
     layout: Layout
     guide_upscale: GuideUpscale
+    guide_sharpen: int
     output: Path
     preview_vae: str | None = None
 

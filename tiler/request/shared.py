@@ -105,6 +105,11 @@ JOB_DIR = Option(
 SCALE = Option(
     "Enlarge the picture of --guide X times; the canvas takes its size from it.", Panel.PICTURE, ("--scale",)
 )  # fmt: skip
+GUIDE_SHARPEN = Option(
+    "Sharpen the guide by an unsharp mask before it is enlarged as a picture: refining keeps edges as soft as it finds "
+    "them.",
+    Panel.SAMPLING, ("--guide-sharpen",), metavar="PERCENT", default="the model's, mostly 0",
+)  # fmt: skip
 REPAINT = Option(
     "Repaint the part of --guide's picture that is white in MASK, a picture of the same shape, and keep every other "
     "pixel; only tiles under the mask are denoised.",
