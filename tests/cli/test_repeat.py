@@ -340,7 +340,7 @@ VALUES: dict[str, Any] = {
     "preset": "balanced", "num_inference_steps": 7, "guidance_scale": 2.5, "guidance_interval": (0.1, 0.7),
     "strength": 0.3, "clip_skip": 2, "scheduler": "DPM++ 2M SDE", "schedule_type": "karras", "guide": False,
     "guide_upscale": "latent", "layout": "shift", "overlap": 64, "tile_size": 512, "mask": "quartic",
-    "attention_window": 16,
+    "attention_window": 16, "guide_sharpen": 60,
     "tile_conditioning": "none", "precision": "fp32", "decode": "frozen",
     "decode_precision": "bf16",     "scratch_dtype": "fp32", "quality": 55,
     "prediction": "v", "variant": "fp16",

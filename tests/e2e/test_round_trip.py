@@ -22,7 +22,7 @@ GROUPS = {
     "sheet": "--paper A10 --landscape --bleed 1mm --dpi 60 --preset fast --steps 2 --no-guide --decode frozen --tile-conditioning none --seed 4",
     "regions": "--size 80 --regions regions.toml --scheduler DPM++2M --schedule-type karras --layout grid --steps 2 --vae soft "
     "--text-encoder words --prediction epsilon -n fog --tile-size 64 --decode-precision fp32",
-    "upscaled": "--guide guide.png --scale 2 --steps 2 --strength 0.5 --lora ink.safetensors=0.5:0.25 --clip_l words --quality 70",
+    "upscaled": "--guide guide.png --scale 2 --guide-sharpen 70 --steps 2 --strength 0.5 --lora ink.safetensors=0.5:0.25 --clip_l words --quality 70",
     "tiny decoder": "--size 72 --steps 2 --layout shift --decode tiny --tiny-vae taesd",
     "spot": "--guide guide.png --repaint mask.png --steps 2 --strength 0.8",
 }
