@@ -49,7 +49,7 @@ def _usual(recipe: Recipe) -> dict[str, object]:
     if not recipe.is_whole:
         return {}
     usual = {f.name: f.default for f in fields(RenderRequest) if f.default is not MISSING and f.name != "model"}
-    usual |= {"scheduler": "auto", "guidance_interval": [0.0, 1.0], "guide_sharpen": 0, "bleed_mm": 0.0}
+    usual |= {"scheduler": "auto", "guidance_interval": [0.0, 1.0], "bleed_mm": 0.0}
     if recipe.settings.get("guide") is False and recipe.settings.get("guide_image") is None:
         usual |= {name: recipe.settings.get(name) for name in ("strength", "guide_upscale", "guide_sharpen")}
     return usual

@@ -106,8 +106,8 @@ SCALE = Option(
     "Enlarge the picture of --guide X times; the canvas takes its size from it.", Panel.PICTURE, ("--scale",)
 )  # fmt: skip
 GUIDE_SHARPEN = Option(
-    "Sharpen the guide by an unsharp mask before it is enlarged as a picture: refining keeps edges as soft as it finds "
-    "them.",
+    "Sharpen the guide, also a picture of --guide, by an unsharp mask of 0–500 percent before it is enlarged as a "
+    "picture: refining keeps edges as soft as it finds them.",
     Panel.SAMPLING, ("--guide-sharpen",), metavar="PERCENT", default="the model's, mostly 0",
 )  # fmt: skip
 REPAINT = Option(
