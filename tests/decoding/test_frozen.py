@@ -3,14 +3,12 @@ seams."""
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from PIL import Image
 
 from tiler.compute.layers import stream_layers
 from tiler.compute.stream import Streamer
@@ -193,46 +191,6 @@ def test_pixels_round_as_diffusers_rounds() -> None:
     strip = torch.linspace(-1.2, 1.2, 3 * 5 * 7).view(3, 5, 7)
     want = VaeImageProcessor().postprocess(strip[None].clone(), output_type="pil")[0]
     assert np.array_equal(to_uint8(strip.clone()), np.asarray(want))
-
-
-@pytest.mark.parametrize(("height", "width"), [(300, 500), (31, 17), (97, 97), (1500, 943), (582, 366)])
-def test_a_resized_picture_is_pillows_whatever_rows_are_asked_for(height: int, width: int) -> None:
-    from tiler.diffusion.guide import crop_to_aspect
-
-    source = np.random.default_rng(1).integers(70, 186, (97, 61, 3), dtype=np.uint8)  # nothing is clipped
-    factor = min(97 / height, 61 / width)
-    top, left = (97 - height * factor) / 2, (61 - width * factor) / 2
-    box = left, top, left + width * factor, top + height * factor
-    want = np.asarray(Image.fromarray(source).resize((width, height), Image.Resampling.LANCZOS, box=box))
-    got = crop_to_aspect(source, height, width)
-    assert got.shape == want.shape
-    for rows in (1, 7, height):
-        strips = [got[at : at + rows] for at in range(0, height, rows)]
-        assert np.abs(np.concatenate(strips).astype(int) - want).max() <= 1
-
-
-def test_a_picture_that_wraps_is_resized_as_its_copies_side_by_side() -> None:
-    from tiler.diffusion.guide import crop_to_aspect
-
-    source = np.random.default_rng(1).integers(0, 256, (40, 24, 3), dtype=np.uint8)
-    copies = Image.fromarray(np.tile(source, (3, 3, 1))).resize((3 * 72, 3 * 120), Image.Resampling.LANCZOS)
-    got = crop_to_aspect(source, 120, 72, (40, 24), (True, True), margin=(16, 32))
-    assert got.shape == (152, 136, 3)
-    assert np.abs(got[0:152].astype(int) - np.asarray(copies)[104:256, 40:176]).max() <= 1
-
-
-def test_a_print_is_never_whole_in_memory() -> None:
-    """The pixels of a canvas of 8192×16384 take 400 MB; rows are made on demand."""
-    from tiler.diffusion.guide import crop_to_aspect
-
-    tracemalloc.start()
-    try:
-        picture = crop_to_aspect(np.zeros((512, 1024, 3), np.uint8), 8192, 16384)
-        for top in range(0, 1024, 64):
-            assert picture[top : top + 64].shape == (64, 16384, 3)
-        assert tracemalloc.get_traced_memory()[1] < 20e6
-    finally:
-        tracemalloc.stop()
 
 
 @torch.no_grad()

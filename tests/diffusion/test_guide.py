@@ -1,8 +1,9 @@
-"""The size of the guide, the enlargement of its latents, and the sharpening of its picture."""
+"""The size of the guide, and the enlargement of its latents and of its picture."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -38,31 +39,51 @@ def test_guide_has_the_native_area_and_shows_the_canvass_aspect() -> None:
     assert wide.width >= wide.shown_width > wide.width - 8
 
 
-def _noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(1).integers(70, 186, (height, width, 3), dtype=np.uint8)
+def _sharpened(source: np.ndarray, percent: int) -> Image.Image:
+    return Image.fromarray(source).filter(ImageFilter.UnsharpMask(1, percent, threshold=0))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 300])
-def test_a_sharpened_guide_is_pillows_whatever_rows_are_asked_for(rows: int) -> None:
-    source = _noise(97, 61)
-    sharp = Image.fromarray(source).filter(ImageFilter.UnsharpMask(1, 40, 0))
-    want = np.asarray(sharp.resize((183, 291), Image.Resampling.LANCZOS))
-    got = crop_to_aspect(source, 291, 183, sharpen=40)
-    strips = np.concatenate([got[at : at + rows] for at in range(0, 291, rows)])
-    assert np.abs(strips.astype(int) - want).max() <= 1
-    assert np.abs(strips.astype(int) - crop_to_aspect(source, 291, 183)[0:291]).max() > 10
+@pytest.mark.parametrize("sharpen", [0, 40])
+@pytest.mark.parametrize(("height", "width"), [(300, 500), (31, 17), (97, 97), (1500, 943), (582, 366)])
+def test_a_resized_picture_is_pillows_whatever_rows_are_asked_for(height: int, width: int, sharpen: int) -> None:
+    source = np.random.default_rng(1).integers(70, 186, (97, 61, 3), dtype=np.uint8)  # nothing is clipped
+    factor = min(97 / height, 61 / width)
+    top, left = (97 - height * factor) / 2, (61 - width * factor) / 2
+    box = left, top, left + width * factor, top + height * factor
+    whole = _sharpened(source, sharpen if factor < 1 else 0)
+    want = np.asarray(whole.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    got = crop_to_aspect(source, height, width, sharpen=sharpen)
+    assert got.shape == want.shape
+    for rows in (1, 7, height):
+        strips = [got[at : at + rows] for at in range(0, height, rows)]
+        assert np.abs(np.concatenate(strips).astype(int) - want).max() <= 1
 
 
-def test_a_sharpened_guide_that_wraps_is_that_of_its_copies_side_by_side() -> None:
-    source = _noise(40, 24)
-    got = crop_to_aspect(source, 120, 72, (40, 24), (True, True), margin=(16, 32), sharpen=100)
-    whole = crop_to_aspect(np.tile(source, (3, 3, 1)), 360, 216, sharpen=100)
-    assert np.abs(got[0:152].astype(int) - whole[104:256][:, 40:176]).max() <= 1
+@pytest.mark.parametrize("sharpen", [0, 100])
+def test_a_picture_that_wraps_is_resized_as_its_copies_side_by_side(sharpen: int) -> None:
+    source = np.random.default_rng(1).integers(0, 256, (40, 24, 3), dtype=np.uint8)
+    copies = _sharpened(np.tile(source, (3, 3, 1)), sharpen).resize((3 * 72, 3 * 120), Image.Resampling.LANCZOS)
+    got = crop_to_aspect(source, 120, 72, (40, 24), (True, True), margin=(16, 32), sharpen=sharpen)
+    assert got.shape == (152, 136, 3)
+    assert np.abs(got[0:152].astype(int) - np.asarray(copies)[104:256, 40:176]).max() <= 1
+
+
+@pytest.mark.parametrize("sharpen", [0, 100])
+def test_a_print_is_never_whole_in_memory(sharpen: int) -> None:
+    """The pixels of a canvas of 8192×16384 take 400 MB; rows are made on demand."""
+    tracemalloc.start()
+    try:
+        picture = crop_to_aspect(np.zeros((512, 1024, 3), np.uint8), 8192, 16384, sharpen=sharpen)
+        for top in range(0, 1024, 64):
+            assert picture[top : top + 64].shape == (64, 16384, 3)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("side", [48, 64])
 def test_a_picture_that_does_not_become_larger_is_not_sharpened(side: int) -> None:
-    source = _noise(64, 64)
+    source = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     got, plain = (crop_to_aspect(source, side, side, sharpen=n)[0:side] for n in (100, 0))
     assert np.array_equal(got, plain)
 
