@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="0: one step")
     parser.add_argument("--batch", type=int, default=0, help="default: 16 (vae), 32 (unet); on CUDA 128, 256")
     parser.add_argument("--decoder", action="store_true", help="vae: the decoder alone; latents stay as they are")
+    parser.add_argument("--smooth", type=float, default=0.0, help="vae: weight of decoding shrunk latents")
     parser.add_argument("--lr", type=float, default=0.0, help="default: 3e-4 (vae), 1e-3 (unet)")
     parser.add_argument("--crops", type=float, default=0.35, help="unet: share of crops")
     parser.add_argument("--focus", type=float, default=3.0, help="unet: weight of sun, moon and boat in the loss")
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
         stages.draw(workshop, args.shards, args.processes)
     elif args.stage == "vae":
         lr = args.lr or VaeSettings.lr
-        train_vae(workshop, VaeSettings(lr=lr, decoder=args.decoder, **own))
+        train_vae(workshop, VaeSettings(lr=lr, decoder=args.decoder, smooth=args.smooth, **own))
     elif args.stage == "words":
         stages.learn_words(workshop)
     elif args.stage == "unet":

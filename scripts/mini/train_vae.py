@@ -15,7 +15,7 @@ from pool import HELD_OUT_SHARD, SIDE
 from pooling import start_as_pooling
 from spectrum import spectral_error
 from torch import Tensor
-from workshop import Workshop, log, shipped_vae, to_tensor
+from workshop import Workshop, log, resized, shipped_vae, to_tensor
 
 PIECE = 128  # px
 _SAVE_EVERY = 120.0  # seconds
@@ -30,6 +30,7 @@ class VaeSettings:
     lr: float = 3e-4
     cold: bool = False  # from averages and differences of pixels, not from weights
     decoder: bool = False  # that alone, for the spectrum too: a UNet needs no training after it
+    smooth: float = 0.0  # weight of decoding shrunk latents
 
 
 def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
@@ -55,7 +56,7 @@ def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
         for group in optimiser.param_groups:
             group["lr"] = step_size(settings.lr, len(losses), clock.left, falling=0.5)
         x = next(pieces)
-        loss = _decoder_loss(vae, x) if settings.decoder else _loss(vae, x, goal)
+        loss = _decoder_loss(vae, x) if settings.decoder else _loss(vae, x, goal, settings.smooth)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
@@ -116,13 +117,23 @@ def _statistics(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
     return z.mean((0, 2, 3)), z.std((0, 2, 3))
 
 
-def _loss(vae: AutoencoderKL, x: Tensor, goal: tuple[Tensor, Tensor]) -> Tensor:
+def _loss(vae: AutoencoderKL, x: Tensor, goal: tuple[Tensor, Tensor], smooth: float) -> Tensor:
     with autocast():
         mean = vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
         y = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample
     z = mean.float()
     drift = (z.mean((0, 2, 3)) - goal[0]).square().mean() + (z.std((0, 2, 3)) - goal[1]).square().mean()
-    return _difference(y.float() - x) + 0.01 * drift
+    loss = _difference(y.float() - x) + 0.01 * drift
+    return loss + smooth * _difference(_shrunk_error(vae, x, z)) if smooth else loss
+
+
+def _shrunk_error(vae: AutoencoderKL, x: Tensor, z: Tensor) -> Tensor:
+    """Shrunk latents should decode to the shrunk picture (EQ-VAE, arXiv:2502.09509): what is fine in a picture is then
+    fine in its latents too, instead of being spread over all of them."""
+    side = PIECE // 32 * int(torch.randint(2, 4, ()))  # a half, or three quarters
+    with autocast():
+        y = vae.decode(resized(z, side)).sample
+    return y.float() - resized(x, 8 * side)
 
 
 def _decoder_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:

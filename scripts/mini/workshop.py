@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from machine import DEVICE, autocast
 from model import build_text_encoder, build_unet, build_vae
@@ -119,6 +120,11 @@ def fingerprint(vae: AutoencoderKL) -> str:
 def to_tensor(pictures: np.ndarray, device: torch.device | None = None) -> Tensor:
     """(n, H, W, 3) uint8 → (n, 3, H, W) fp32 in [-1, 1]."""
     return torch.from_numpy(np.array(pictures)).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def resized(x: Tensor, side: int) -> Tensor:
+    """(n, c, side, side), antialiased."""
+    return F.interpolate(x, size=side, mode="bilinear", antialias=True)
 
 
 def log(text: str) -> None:
