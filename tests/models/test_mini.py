@@ -96,7 +96,7 @@ def test_without_a_prompt_it_draws_one_of_its_scenes_under_its_ceiling(tmp_path:
     subprocess.run([*command, "--max-ram", "420MB", "-o", str(out), "--report", str(report)], check=True)
     assert json.loads(report.read_text())["peak_rss_bytes"] <= 420_000_000
     filled = resolve_request(RenderRequest(seed=7), read_family(resolve("mini")))
-    assert (filled.guidance_scale, filled.strength, filled.num_inference_steps) == (3.0, 0.35, 20)
+    assert (filled.guidance_scale, filled.strength, filled.num_inference_steps) == (2.0, 0.35, 20)
     assert filled.layout is Layout.JITTER
     assert filled.prompt == "misty mountains in black ink, a small sun on the right, sumi-e"
     red, _, blue = np.asarray(Image.open(out).resize((36, 36), Image.Resampling.BOX), float).transpose(2, 0, 1)
