@@ -6,7 +6,7 @@
                              disc (kind, side, count), style and objects from drawings and from generated pictures
     evaluate.py distance     Fréchet distance of the classifier's features: generated against drawn, drawn
                              against drawn
-    evaluate.py autoencoder  PSNR of 128-px pieces, whole scenes and crops
+    evaluate.py autoencoder  PSNR of 128-px pieces, whole scenes and crops; of halved latents too
     evaluate.py refine       a drawn 256-px scene, refined at --strength, against the scene drawn as large: seams and
                              power spectrum by octave; both pictures side by side, as large as they are
 

@@ -129,7 +129,7 @@ def _loss(vae: AutoencoderKL, x: Tensor, goal: tuple[Tensor, Tensor], smooth: fl
 
 def _shrunk_error(vae: AutoencoderKL, x: Tensor, z: Tensor) -> Tensor:
     """Shrunk latents should decode to the shrunk picture (EQ-VAE, arXiv:2502.09509): what is fine in a picture is then
-    fine in its latents too, instead of being spread over all of them."""
+    fine in its latents too, instead of being spread over all scales."""
     side = PIECE // 32 * int(torch.randint(2, 4, ()))  # a half, or three quarters
     with autocast():
         y = vae.decode(resized(z, side)).sample
