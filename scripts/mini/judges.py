@@ -19,7 +19,7 @@ from pool import HELD_OUT, choose_view
 from posters import judge_poster
 from refinement import compare_refined
 from torch import Tensor
-from workshop import Workshop, resized, to_tensor
+from workshop import Workshop, psnr, resized, to_tensor
 
 _ATTRIBUTE_SEEDS, _DISTANCE_SEEDS, _POSTER_SEEDS = HELD_OUT + 1_000, HELD_OUT + 20_000, HELD_OUT + 9_000
 
@@ -120,17 +120,12 @@ def autoencoder(settings: Settings) -> None:
             view = choose_view(rng, scene) if name == "crops" else None
             x = to_tensor(art.draw(scene, view).pixels[None, 64:192, 64:192], DEVICE)
             z = vae.encode(x).latent_dist.mean
-            found.append(_psnr(vae.decode(z).sample, x))
-            smaller.append(_psnr(vae.decode(resized(z, 8)).sample, resized(x, 64)))
+            found.append(psnr(vae.decode(z).sample, x).item())
+            smaller.append(psnr(vae.decode(resized(z, 8)).sample, resized(x, 64)).item())
         print(
             f"{name}: PSNR {np.mean(found):.2f} dB, median {np.median(found):.2f}, least {min(found):.2f}; "
             f"of halved latents {np.mean(smaller):.2f} dB"
         )
-
-
-def _psnr(got: Tensor, want: Tensor) -> float:
-    """In dB, of pictures in [-1, 1]."""
-    return -10 * np.log10(max(1e-7, (got.clamp(-1, 1) - want).square().mean().item() / 4))
 
 
 def refine(settings: Settings) -> None:

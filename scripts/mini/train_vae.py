@@ -15,7 +15,7 @@ from pool import HELD_OUT_SHARD, SIDE
 from pooling import start_as_pooling
 from spectrum import spectral_error
 from torch import Tensor
-from workshop import Workshop, log, resized, shipped_vae, to_tensor
+from workshop import Workshop, log, psnr, resized, shipped_vae, to_tensor
 
 PIECE = 128  # px
 _SAVE_EVERY = 120.0  # seconds
@@ -154,7 +154,6 @@ def _difference(error: Tensor) -> Tensor:
 def measure(vae: AutoencoderKL, average: Average, held_out: Tensor) -> str:
     """PSNR of the averaged weights."""
     with average:
-        decoded = vae.decode(vae.encode(held_out).latent_dist.mean).sample.clamp(-1, 1)
-    psnr = -10 * ((decoded - held_out).square().mean((1, 2, 3)) / 4).clamp_min(1e-7).log10()
-    scenes, crops = psnr.chunk(2)
+        decoded = vae.decode(vae.encode(held_out).latent_dist.mean).sample
+    scenes, crops = psnr(decoded, held_out).chunk(2)
     return f" PSNR scenes {scenes.mean():.2f}, crops {crops.mean():.2f} dB"

@@ -127,5 +127,11 @@ def resized(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, size=side, mode="bilinear", antialias=True)
 
 
+def psnr(got: Tensor, want: Tensor) -> Tensor:
+    """(n,) dB, of pictures (n, 3, H, W) in [-1, 1]; at most 70."""
+    error = (got.clamp(-1, 1) - want).square().mean((1, 2, 3)) / 4
+    return -10 * error.clamp_min(1e-7).log10()
+
+
 def log(text: str) -> None:
     print(time.strftime("%H:%M:%S"), text, flush=True)
