@@ -42,8 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.processes < 1 or not 0 < args.falling <= 1:
         parser.error("--processes is 1 or more, --falling above 0 and at most 1")
-    if args.smooth < 0 or (args.smooth and args.decoder):
-        parser.error("--smooth is 0 or more, and of no use with --decoder, which leaves latents as they are")
+    if args.smooth < 0:
+        parser.error("--smooth is 0 or more")
     # numpy reads it when it is loaded: products of drawing are too small for threads that wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     run(args)

@@ -56,7 +56,8 @@ def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
         for group in optimiser.param_groups:
             group["lr"] = step_size(settings.lr, len(losses), clock.left, falling=0.5)
         x = next(pieces)
-        loss = _decoder_loss(vae, x) if settings.decoder else _loss(vae, x, goal, settings.smooth)
+        smooth = settings.smooth
+        loss = _decoder_loss(vae, x, smooth) if settings.decoder else _loss(vae, x, goal, smooth)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 0.5)
@@ -118,30 +119,38 @@ def _statistics(vae: AutoencoderKL, pictures: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _loss(vae: AutoencoderKL, x: Tensor, goal: tuple[Tensor, Tensor], smooth: float) -> Tensor:
-    with autocast():
-        mean = vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
-        y = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample
-    z = mean.float()
+    z = _latents(vae, x)
     drift = (z.mean((0, 2, 3)) - goal[0]).square().mean() + (z.std((0, 2, 3)) - goal[1]).square().mean()
-    loss = _difference(y.float() - x) + 0.01 * drift
-    return loss + smooth * _difference(_shrunk_error(vae, x, z)) if smooth else loss
+    return _difference(_decoded(vae, z) - x) + 0.01 * drift + _smooth_loss(vae, x, z, smooth)
 
 
-def _shrunk_error(vae: AutoencoderKL, x: Tensor, z: Tensor) -> Tensor:
+def _decoder_loss(vae: AutoencoderKL, x: Tensor, smooth: float) -> Tensor:
+    with torch.no_grad():
+        z = _latents(vae, x)
+    y = _decoded(vae, z)
+    return _difference(y - x) + _SPECTRUM * spectral_error(y, x) + _smooth_loss(vae, x, z, smooth)
+
+
+def _latents(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    with autocast():
+        return vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS].float()
+
+
+def _decoded(vae: AutoencoderKL, z: Tensor) -> Tensor:
+    """Of noisy latents."""
+    with autocast():
+        return vae.decode(z + POSTERIOR_STD * torch.randn_like(z)).sample.float()
+
+
+def _smooth_loss(vae: AutoencoderKL, x: Tensor, z: Tensor, weight: float) -> Tensor | float:
     """Shrunk latents should decode to the shrunk picture (EQ-VAE, arXiv:2502.09509): what is fine in a picture is then
     fine in its latents too, instead of being spread over all scales."""
+    if not weight:
+        return 0.0
     side = PIECE // 32 * int(torch.randint(2, 4, ()))  # a half, or three quarters
     with autocast():
         y = vae.decode(resized(z, side)).sample
-    return y.float() - resized(x, 8 * side)
-
-
-def _decoder_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    with torch.no_grad(), autocast():
-        mean = vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS]
-    with autocast():
-        y = vae.decode(mean + POSTERIOR_STD * torch.randn_like(mean)).sample.float()
-    return _difference(y - x) + _SPECTRUM * spectral_error(y, x)
+    return weight * _difference(y.float() - resized(x, 8 * side))
 
 
 def _difference(error: Tensor) -> Tensor:
