@@ -6,6 +6,7 @@
                              disc (kind, side, count), style and objects from drawings and from generated pictures
     evaluate.py distance     Fréchet distance of the classifier's features: generated against drawn, drawn
                              against drawn
+    evaluate.py discs        roundness of big suns at 256 px, and a sheet of 48
     evaluate.py autoencoder  PSNR of 128-px pieces, whole scenes and crops; of halved latents too
     evaluate.py refine       a drawn 256-px scene, refined at --strength, against the scene drawn as large: seams and
                              power spectrum by octave; both pictures side by side, as large as they are
@@ -24,7 +25,9 @@ from places import CACHE, SHIPPED
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sheet", "posters", "attributes", "distance", "autoencoder", "refine"])
+    parser.add_argument(
+        "what", choices=["sheet", "posters", "attributes", "distance", "discs", "autoencoder", "refine"]
+    )
     parser.add_argument("--model", type=Path, default=SHIPPED)
     parser.add_argument("--work", type=Path, default=CACHE, help="the classifier is kept here (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1500, help="training of the classifier")
@@ -34,7 +37,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first seed, for sheet and posters")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
     parser.add_argument(
-        "--out", type=Path, default=Path("sheet.png"), help="for sheet, posters and refine: .png or .jpg"
+        "--out", type=Path, default=Path("sheet.png"), help="for sheet, posters, discs and refine: .png or .jpg"
     )
     args = parser.parse_args()
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as in train.py

@@ -85,10 +85,12 @@ class Training:
         with autocast():
             said = self.text(batch.ids).last_hidden_state
             predicted = self.unet(noisy, batch.timesteps, said).sample
-        # Sun, moon and boat are the shapes whose errors show, and 2 % of a picture.
+        # Sun, moon and boat are the shapes whose errors show, and 2 % of a picture. The more noise hides where they
+        # are, the less more they count: the network would learn to expect them, and larger ones.
         small = (layout == Thing.BODY.number) | (layout == Thing.BOAT.number)
         near = F.interpolate(F.max_pool2d(small.float()[:, None], 3, 1, 1), scale_factor=2.0)
-        weight = 1 + (self.settings.focus - 1) * near
+        known = self.alphas[batch.timesteps].sqrt().view(-1, 1, 1, 1)
+        weight = 1 + (self.settings.focus - 1) * known * near
         loss = ((predicted.float() - target).square() * weight).mean() / weight.mean()
         read, understood = self.layout.loss(layout), self.words.loss(said, batch.labels, batch.told)
         return torch.stack([loss + _LAYOUT_SHARE * read + _WORDS_SHARE * understood, loss, read, understood])
