@@ -14,7 +14,8 @@ _FOUND = 0.97  # as round as a drawn disc must seem: where colours of the sky ar
 
 def scenes_of_big_suns(count: int) -> list[Scene]:
     """Held-out scenes, each with a big sun clear of the horizon whose outline stands out in the drawing."""
-    found, seed = [], _SEEDS
+    found: list[Scene] = []
+    seed = _SEEDS
     while len(found) < count:
         scene = art.compose(seed)
         seed += 1
