@@ -273,6 +273,20 @@ def test_a_seam_stands_out_from_lines_beside_it() -> None:
     assert torn.borders > torn.elsewhere[1] > torn.elsewhere[0]
 
 
+@pytest.mark.parametrize("stretched", [1.0, 1.5, 3.0])
+def test_roundness_of_ellipses(stretched: float) -> None:
+    """An ellipse of axes r·√s and r/√s has 4/π·arctan(1/√s) of its area within the circle of the same area."""
+    from roundness import roundness
+
+    rows, columns = np.mgrid[:256, :256]
+    picture = np.full((256, 256, 3), (40, 80, 160), np.uint8)
+    picture[(rows - 90) ** 2 * stretched + (columns - 130) ** 2 / stretched < 40**2] = 250, 240, 200
+    picture[10:14, 10:14] = 250, 240, 200  # a star is not part of it
+    shared = 4 / np.pi * np.arctan(1 / np.sqrt(stretched))
+    found = roundness(picture, np.array([250, 240, 200]), horizon=0.8)
+    assert found == pytest.approx(shared / (2 - shared), abs=0.015)
+
+
 def test_posters_name_the_canvases_with_a_second_disc(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,7 +405,8 @@ def test_palettes_follow_the_prompt() -> None:
     assert sum(right) >= len(asked) - 1, list(zip(prompts, right, strict=True))
 
 
-def test_the_decoder_is_trained_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("smooth", [0.0, 0.5])
+def test_the_decoder_is_trained_alone(tmp_path: Path, smooth: float) -> None:
     """A UNet that knows the encoder's latents can go on."""
     import stages
     from train_vae import VaeSettings, train_vae
@@ -399,13 +414,37 @@ def test_the_decoder_is_trained_alone(tmp_path: Path) -> None:
 
     workshop = Workshop(work=tmp_path, part=2)
     stages.draw(workshop, 1)
-    train_vae(workshop, VaeSettings(minutes=0, batch=2, decoder=True))
+    train_vae(workshop, VaeSettings(minutes=0, batch=2, decoder=True, smooth=smooth))
     before, after = shipped_vae(), workshop.vae()
     assert fingerprint(after) == fingerprint(before)
     moved = [
         not torch.equal(p, q) for p, q in zip(before.decoder.parameters(), after.decoder.parameters(), strict=True)
     ]
     assert np.mean(moved) > 0.9  # the first step is too small for a few large weights
+
+
+def test_discs_count_more_where_noise_shows_them() -> None:
+    """Where it hides them, the loss is least for the mean of what may be there, which weights would distort."""
+    from art import Thing
+    from examples import Batch
+    from labels import labels
+    from train_unet import Training, UnetSettings
+    from workshop import shipped_tokenizer
+
+    layout = torch.zeros(2, 4, 4, dtype=torch.int64)
+    layout[0, 0, 0] = Thing.BODY.number
+    generator = torch.Generator().manual_seed(1)
+    latents, noise = torch.randn(2, 2, 8, 8, 8, generator=generator)
+    ids = torch.tensor(shipped_tokenizer()(["a sun", "no sun"], padding="max_length").input_ids)
+    few, many = (Training(UnetSettings(minutes=0, focus=focus), shipped_tokenizer()) for focus in (1.0, 9.0))
+    for t, same in (999, True), (100, False):
+        batch = Batch(
+            latents=latents, noise=noise, timesteps=torch.full((2,), t), ids=ids, layout=layout,
+            labels=labels([art.compose(1), art.compose(2)]), told=torch.ones(2, dtype=torch.bool),
+        )  # fmt: skip
+        with torch.no_grad():
+            lightly, heavily = (training._losses(batch)[1].item() for training in (few, many))
+        assert (lightly == pytest.approx(heavily, rel=1e-4)) is same, t
 
 
 def test_several_processes_draw_what_one_draws(tmp_path: Path) -> None:
