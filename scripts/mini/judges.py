@@ -18,7 +18,7 @@ from PIL import Image
 from pool import HELD_OUT, choose_view
 from posters import judge_poster
 from refinement import compare_refined
-from roundness import disc_colour, roundness, scenes_of_big_suns
+from roundness import disc_roundness, scenes_of_big_suns
 from torch import Tensor
 from workshop import Workshop, psnr, resized, to_tensor
 
@@ -110,12 +110,16 @@ def _generated(settings: Settings, seeds: list[int]) -> Tensor:
 
 
 def discs(settings: Settings) -> None:
-    scenes, rng = scenes_of_big_suns(settings.count or 200), np.random.default_rng(3)
-    prompts = [caption(scene, rng, keep=1.0) for scene in scenes]
-    pictures = generate(load_pipeline(settings.model), prompts, [scene.seed for scene in scenes])
-    found = [roundness(p, disc_colour(scene), scene.horizon) for p, scene in zip(pictures, scenes, strict=True)]
+    asked, rng = scenes_of_big_suns(settings.count or 200), np.random.default_rng(3)
+    prompts = [caption(scene, rng, keep=1.0) for scene, _ in asked]
+    pictures = generate(load_pipeline(settings.model), prompts, [scene.seed for scene, _ in asked])
+    every = [disc_roundness(picture, *drawn) for picture, drawn in zip(pictures, asked, strict=True)]
+    found = [shape for shape in every if shape is not None]
     low, middle, high = np.percentile(found, (25, 50, 75))
-    print(f"roundness of {len(found)} big suns: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}; of a circle 1")
+    print(
+        f"roundness of big suns, 1 for a circle: median {middle:.3f}, quartiles {low:.3f} and {high:.3f}; {len(found)} of "
+        f"{len(every)} pictures measured"
+    )
     page(list(pictures[:48]), columns=8, side=256).save(settings.out)
 
 

@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--smooth", type=float, default=0.0, help="vae: weight of decoding shrunk latents")
     parser.add_argument("--lr", type=float, default=0.0, help="default: 3e-4 (vae), 1e-3 (unet)")
     parser.add_argument("--crops", type=float, default=0.35, help="unet: share of crops")
-    parser.add_argument("--focus", type=float, default=3.0, help="unet: weight of sun, moon and boat in the loss")
+    parser.add_argument("--focus", type=float, default=3.0, help="unet: weight of sun, moon and boat without noise")
     parser.add_argument("--falling", type=float, default=1 / 3, help="unet: share of the run in which its steps shrink")
     parser.add_argument("--threads", type=int, default=0, help="default: torch's")
     parser.add_argument("--out", type=Path, default=SHIPPED)

@@ -35,7 +35,7 @@ class UnetSettings:
     batch: int = 0  # 0: 32 on a processor, 256 on CUDA
     lr: float = 1e-3
     crops: float = 0.35  # share of crops among the examples
-    focus: float = 3.0  # weight of sun, moon and boat in the loss
+    focus: float = 3.0  # weight of sun, moon and boat in the loss, where no noise hides them
     average: float = 0.998
     falling: float = 1 / 3  # share of the run, its last, over which the step size falls
     cold: bool = False  # from random weights
@@ -85,8 +85,8 @@ class Training:
         with autocast():
             said = self.text(batch.ids).last_hidden_state
             predicted = self.unet(noisy, batch.timesteps, said).sample
-        # Sun, moon and boat are the shapes whose errors show, and 2 % of a picture. The more noise hides where they
-        # are, the less more they count: the network would learn to expect them, and larger ones.
+        # Sun, moon and boat are the shapes whose errors show, and 2 % of a picture. Noise that hides where they are
+        # lowers their weight: the network would learn to expect them, and larger ones.
         small = (layout == Thing.BODY.number) | (layout == Thing.BOAT.number)
         near = F.interpolate(F.max_pool2d(small.float()[:, None], 3, 1, 1), scale_factor=2.0)
         known = self.alphas[batch.timesteps].sqrt().view(-1, 1, 1, 1)

@@ -15,7 +15,7 @@ from pool import HELD_OUT_SHARD, SIDE
 from pooling import start_as_pooling
 from spectrum import spectral_error
 from torch import Tensor
-from workshop import Workshop, log, psnr, resized, shipped_vae, to_tensor
+from workshop import Workshop, log, psnr, resized, set_parameters, shipped_vae, to_tensor
 
 PIECE = 128  # px
 _SAVE_EVERY = 120.0  # seconds
@@ -48,6 +48,8 @@ def train_vae(workshop: Workshop, settings: VaeSettings) -> None:
         optimiser.load_state_dict(state["optimiser"])
         average.load_state_dict(state["average"])
         step, goal = state["step"], state["goal"]
+        if settings.decoder:  # it must decode the latents of the encoder that is exported
+            set_parameters([vae], average.mean)
     goal = goal or _statistics(vae, held_out)
     log(f"vae step {step}{measure(vae, average, held_out)}")
     clock, saved = Clock(settings.minutes), 0.0
@@ -132,12 +134,13 @@ def _decoder_loss(vae: AutoencoderKL, x: Tensor, smooth: float) -> Tensor:
 
 
 def _latents(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    """(n, 8, 16, 16) fp32."""
     with autocast():
         return vae.quant_conv(vae.encoder(x))[:, :LATENT_CHANNELS].float()
 
 
 def _decoded(vae: AutoencoderKL, z: Tensor) -> Tensor:
-    """Of noisy latents."""
+    """(n, 3, 128, 128) from latents with the noise of a posterior."""
     with autocast():
         return vae.decode(z + POSTERIOR_STD * torch.randn_like(z)).sample.float()
 

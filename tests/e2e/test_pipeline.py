@@ -149,7 +149,7 @@ def test_copies_of_a_picture_that_wraps_join(tmp_path: Path) -> None:
     grid."""
 
     def at_join(wrap: Wrap) -> list[float]:
-        # Seed 11 draws a streak along the join.
+        # With the seed of `ask`, 11, it draws a streak along the join.
         render(ask("mini", tmp_path, width=264, height=264, num_inference_steps=2, wrap=wrap, seed=1), roomy())
         picture = np.asarray(Image.open(tmp_path / "x.png"), float)
         steps = (np.abs(picture - np.roll(picture, 1, axis)).mean(axis=(1 - axis, 2)) for axis in (0, 1))
