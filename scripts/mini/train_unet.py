@@ -86,7 +86,7 @@ class Training:
             said = self.text(batch.ids).last_hidden_state
             predicted = self.unet(noisy, batch.timesteps, said).sample
         # Sun, moon and boat are the shapes whose errors show, and 2 % of a picture. Noise that hides where they are
-        # lowers their weight: the network would learn to expect them, and larger ones.
+        # lowers their weight, or the network would learn to expect them, and larger ones.
         small = (layout == Thing.BODY.number) | (layout == Thing.BOAT.number)
         near = F.interpolate(F.max_pool2d(small.float()[:, None], 3, 1, 1), scale_factor=2.0)
         known = self.alphas[batch.timesteps].sqrt().view(-1, 1, 1, 1)
