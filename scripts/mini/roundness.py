@@ -22,18 +22,19 @@ def scenes_of_big_suns(count: int) -> list[tuple[Scene, Drawing]]:
         seed += 1
         if scene.body is Body.BIG_SUN and scene.horizon > scene.discs[0].y + 1.3 * scene.discs[0].radius:
             drawing = art.draw(scene)
-            if (drawing.things == Thing.BODY.number).any():
-                shape = disc_roundness(drawing.pixels, scene, drawing)
-                if shape is not None and shape > _DRAWN:
-                    found.append((scene, drawing))
+            shape = disc_roundness(drawing.pixels, scene, drawing)
+            if shape is not None and shape > _DRAWN:
+                found.append((scene, drawing))
     return found
 
 
 def disc_roundness(picture: np.ndarray, scene: Scene, drawing: Drawing) -> float | None:
     """`roundness` of the disc in a picture of the scene, as large as its drawing, which tells the disc's colour. None
-    if what is found is much smaller or larger than the drawn disc. Only what is above the drawing's horizon counts:
-    below it are reflections."""
+    if the drawing shows no disc, or what is found is much smaller or larger than it. Only what is above the drawing's
+    horizon counts: below it are reflections."""
     shown = drawing.things == Thing.BODY.number
+    if not shown.any():
+        return None
     sky = picture[: int(scene.horizon * len(picture))]
     disc = find_disc(sky, drawing.pixels[shown].mean(axis=0))
     low, high = _SIZES

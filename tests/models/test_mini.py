@@ -419,20 +419,18 @@ def test_palettes_follow_the_prompt() -> None:
     assert sum(right) >= len(asked) - 1, list(zip(prompts, right, strict=True))
 
 
-@pytest.mark.parametrize("smooth", [0.0, 0.5])
-def test_the_decoder_is_trained_alone(tmp_path: Path, smooth: float) -> None:
+@pytest.mark.parametrize(("steps", "smooth"), [(0, 0.0), (3, 0.5)])  # of the whole autoencoder before
+def test_the_decoder_is_trained_alone(tmp_path: Path, steps: int, smooth: float) -> None:
     """A UNet that knows the encoder's latents can go on."""
     import stages
     from train_vae import VaeSettings, train_vae
-    from workshop import Workshop, fingerprint, shipped_vae
+    from workshop import Workshop, fingerprint
 
     workshop = Workshop(work=tmp_path, part=2)
     stages.draw(workshop, 1)
-    before = shipped_vae()
-    if smooth:  # after steps of the whole autoencoder
-        for _ in range(3):
-            train_vae(workshop, VaeSettings(minutes=0, batch=2))
-        before = workshop.vae()
+    for _ in range(steps):
+        train_vae(workshop, VaeSettings(minutes=0, batch=2))
+    before = workshop.vae()
     train_vae(workshop, VaeSettings(minutes=0, batch=2, decoder=True, smooth=smooth))
     after = workshop.vae()
     assert fingerprint(after) == fingerprint(before)
